@@ -1,0 +1,16 @@
+"""RepVGG in JAX/Flax: train three branches, infer one 3×3 convolution, exactly."""
+
+from repvgg_jax.models import VARIANTS, RepVGG, create_model, fuse_model, summarize
+from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
+
+__all__ = [
+    "VARIANTS",
+    "RepVGG",
+    "branch_rule",
+    "create_model",
+    "first_match",
+    "fuse",
+    "fuse_model",
+    "fuse_with",
+    "summarize",
+]

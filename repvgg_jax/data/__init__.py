@@ -1,0 +1,23 @@
+"""Image data sets, batches and on-device augmentation."""
+
+from repvgg_jax.data.augment import normalize, random_crop, random_flip
+from repvgg_jax.data.dataset import ImageDataset, Record, Source
+from repvgg_jax.data.decode import fit, read_image
+from repvgg_jax.data.load import load_dataset
+from repvgg_jax.data.normalization import measure_normalization
+from repvgg_jax.data.pipeline import eval_batches, train_iterator
+
+__all__ = [
+    "ImageDataset",
+    "Record",
+    "Source",
+    "eval_batches",
+    "fit",
+    "load_dataset",
+    "measure_normalization",
+    "normalize",
+    "random_crop",
+    "random_flip",
+    "read_image",
+    "train_iterator",
+]

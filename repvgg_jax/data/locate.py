@@ -1,0 +1,112 @@
+"""Find a data set that TFDS has prepared on disk, or say how to get it there."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w+.-]+))?(:(?P<version>(\d+|\*)\.(\d+|\*)\.(\d+|\*)))?", re.ASCII)
+_VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
+
+
+def default_data_dir() -> Path:
+    """TFDS' own default: the environment variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
+    """Finds the directory of a prepared data set, without importing its builder.
+
+    Args:
+      name: `NAME[/CONFIG][:VERSION]`; the newest matching version is taken. The config may be left out
+        where only one is prepared.
+      data_dir: the directory that TFDS prepares into; its default when None.
+
+    Returns:
+      For example `DATA_DIR/cifar10/3.0.2`.
+
+    Raises:
+      FileNotFoundError: `data_dir` is missing or the data set has not been prepared there; the message
+        gives the command that prepares it.
+      ValueError: no such name, or several configs to choose from.
+    """
+    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{name!r} is no data set name; expected 'digits', 'folder:PATH' or a TFDS name such as "
+            "'cifar10', 'name/config' or 'name/config:1.0.0'"
+        )
+    base = root / match["name"]
+    if not base.is_dir():
+        _check_known(match["name"], root)
+        if data_dir is not None and not root.is_dir():
+            raise FileNotFoundError(
+                f"data_dir {root} does not exist; create it, or prepare {name!r} into it once:\n"
+                + prepare_command(name, root)
+            )
+    parent = base / match["config"] if match["config"] else _only_config(base, name)
+    wanted = re.compile((match["version"] or "*.*.*").replace(".", r"\.").replace("*", r"\d+"))
+    versions = [path for path in _versions(parent) if wanted.fullmatch(path.name)]
+    if not versions:
+        found = ", ".join(str(path.relative_to(root)) for path in _prepared(base)) or "nothing"
+        raise FileNotFoundError(
+            f"data set {name!r} has not been prepared in {root} (found: {found}). "
+            "Preparing needs TensorFlow once, reading does not. Run, here or elsewhere:\n" + prepare_command(name, root)
+        )
+    return versions[-1]
+
+
+def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
+    """The shell command that prepares a TFDS data set so that it can be read without TensorFlow."""
+    return (
+        'pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}, data_dir={str(data_dir)!r}, file_format='array_record')"
+        '.download_and_prepare()"'
+    )
+
+
+def _versions(parent: Path) -> list[Path]:
+    """Prepared versions, oldest first; what an interrupted preparation left behind has another name."""
+    if not parent.is_dir():
+        return []
+    found = [
+        path for path in parent.iterdir() if _VERSION.fullmatch(path.name) and (path / "dataset_info.json").is_file()
+    ]
+    return sorted(found, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def _configs(base: Path) -> list[Path]:
+    return [path for path in sorted(base.iterdir()) if _versions(path)] if base.is_dir() else []
+
+
+def _prepared(base: Path) -> list[Path]:
+    return _versions(base) + [version for config in _configs(base) for version in _versions(config)]
+
+
+def _only_config(base: Path, name: str) -> Path:
+    configs = _configs(base)
+    if _versions(base) or not configs:
+        return base
+    if len(configs) > 1:
+        names = ", ".join(f"'{base.name}/{config.name}'" for config in configs)
+        raise ValueError(f"data set {name!r} has several configs in {base}; choose one of {names}")
+    return configs[0]
+
+
+def _check_known(name: str, root: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    known = {"digits", *tfds.list_builders(with_community_datasets=False)}
+    if name in known:
+        return
+    if root.is_dir():
+        known |= {path.name for path in root.iterdir() if _prepared(path)}
+    close = difflib.get_close_matches(name.lower(), sorted(known), n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "nothing has a similar name;"
+    raise ValueError(
+        f"unknown data set {name!r}: {hint} Expected 'digits', 'folder:PATH', a TFDS name, or the name "
+        f"of a data set prepared in {root}"
+    )

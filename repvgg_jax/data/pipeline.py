@@ -1,0 +1,168 @@
+"""Batches of images for the device: an endless shuffled stream to train on, one ordered pass to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from repvgg_jax.data.dataset import Source
+from repvgg_jax.data.memory import InMemory
+from repvgg_jax.data.read import Batch, ReadBatch, ReadCrop, read_options
+
+if TYPE_CHECKING:
+    import grain
+
+
+def train_iterator(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    channels: int,
+    seed: int,
+    crop: Literal["resize", "random_resized"] = "resize",
+    shard: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    """Yields shuffled training batches without end.
+
+    Every epoch draws a new permutation of all records and has exactly
+    `len(source) // (batch_size * num_shards)` steps. Batches never mix epochs: the last
+    `len(source) % (batch_size * num_shards)` records of each permutation are left out, others each time.
+    Step for step, the shards together read the same records, cropped alike, as a single shard with
+    `num_shards` times the batch would.
+
+    The stream is determined by the arguments. `get_state()` is JSON-serialisable (as long as `num_workers`
+    stays the same) and `set_state()` resumes with the very next batch. Call `close()` to end worker
+    processes.
+
+    Args:
+      source: records to draw from.
+      batch_size: records per batch and shard.
+      image_size: side S of the images.
+      channels: C, 1 or 3; images of the other kind are converted.
+      seed: determines order and crops.
+      crop: what to do with images of another size: "resize" as `fit`, the shorter side to `image_size` and
+        the centre of it; "random_resized" crops every image as `random_resized_crop`, anew each epoch.
+      shard: `(index, count)` of this process.
+      num_workers: processes that read and decode; 0 reads in threads. Images kept in memory always use
+        a thread.
+
+    Returns:
+      A grain iterator of `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,)}`.
+
+    Raises:
+      ValueError: arguments out of range, or fewer records than one batch of every shard.
+    """
+    import grain
+
+    _check(source, batch_size, image_size, channels, shard)
+    if seed < 0:
+        raise ValueError(f"seed (={seed}) must not be negative")
+    index, count = shard
+    steps = len(source) // (batch_size * count)
+    if not steps:
+        raise ValueError(
+            f"batch_size (={batch_size}) times {count} shard(s) exceeds the {len(source)} training records; "
+            f"lower batch_size to at most {len(source) // count}"
+        )
+    # Grain adds the epoch to the seed, so that neighbouring seeds would share their epochs.
+    order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed).generate_state(2))
+    mine = slice(index, steps * batch_size * count, count)
+    order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed)
+    if crop == "resize":
+        read = ReadBatch(source, image_size, channels)
+        batches = order[mine].batch(batch_size, batch_fn=np.asarray).map(read)
+    elif crop == "random_resized":
+        read_crop = ReadCrop(source, image_size, channels)
+        batches = order.random_map(read_crop, seed=crop_seed)[mine].batch(batch_size)
+    else:
+        raise ValueError(f"crop (={crop!r}) must be 'resize' or 'random_resized'")
+    stream = batches.repeat().to_iter_dataset(read_options(source))
+    if num_workers and not isinstance(source, InMemory):
+        _parse_absl_flags()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    return iter(stream)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    channels: int,
+    eval_resize: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Yields every record once, in order, in batches of one shape.
+
+    All shards yield the same number of batches, `ceil(len(source) / (batch_size * num_shards))`, and
+    shard i reads the records i, i + num_shards, …; what is missing from the last batch is zeros with a
+    false mask.
+
+    Args:
+      source: records to read.
+      batch_size: records per batch and shard.
+      image_size: side S of the images.
+      channels: C, 1 or 3; images of the other kind are converted.
+      eval_resize: length of the shorter side before the centre crop (e.g. 256 for 224); `image_size`
+        when None.
+      shard: `(index, count)` of this process.
+
+    Yields:
+      `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,), "mask": bool (batch_size,)}`.
+
+    Raises:
+      ValueError: arguments out of range.
+    """
+    import grain
+
+    _check(source, batch_size, image_size, channels, shard)
+    if eval_resize is not None and eval_resize < image_size:
+        raise ValueError(f"eval_resize (={eval_resize}) must be at least image_size (={image_size})")
+    read = _ReadPadded(ReadBatch(source, image_size, channels, eval_resize), len(source), batch_size, shard)
+    steps = -(-len(source) // (batch_size * shard[1]))
+    return iter(grain.MapDataset.range(steps).map(read).to_iter_dataset(read_options(source)))
+
+
+@dataclass(frozen=True)
+class _ReadPadded:
+    read: ReadBatch
+    size: int
+    batch_size: int
+    shard: tuple[int, int]
+
+    def __call__(self, step: int) -> Batch:
+        index, count = self.shard
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size) * count + index
+        mask = positions < self.size
+        side, channels = self.read.image_size, self.read.channels
+        images = np.zeros((self.batch_size, side, side, channels), np.uint8)
+        labels = np.zeros(self.batch_size, np.int32)
+        if mask.any():
+            batch = self.read(positions[mask])
+            images[mask], labels[mask] = batch["image"], batch["label"]
+        return {"image": images, "label": labels, "mask": mask}
+
+
+def _check(source: Source, batch_size: int, image_size: int, channels: int, shard: tuple[int, int]) -> None:
+    if len(source) == 0:
+        raise ValueError("the source has no records")
+    for name, value in (("batch_size", batch_size), ("image_size", image_size)):
+        if value < 1:
+            raise ValueError(f"{name} (={value}) must be at least 1")
+    if channels not in (1, 3):
+        raise ValueError(f"channels (={channels}) must be 1 (grey) or 3 (RGB)")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard (={shard}) must be (index, count) with 0 <= index < count")
+
+
+def _parse_absl_flags() -> None:
+    """Grain's worker processes read absl's flags, which only absl's own `app.run` parses."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,20 @@
+"""RepVGG as flax.linen modules, in training form and deploy form, and the table of published networks."""
+
+from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
+from repvgg_jax.models.deploy import fuse_model
+from repvgg_jax.models.repvgg import RepVGG
+from repvgg_jax.models.summary import Summary, summarize
+from repvgg_jax.models.variants import VARIANTS, Variant, create_model
+
+__all__ = [
+    "VARIANTS",
+    "ConvBN",
+    "RepVGG",
+    "RepVGGBlock",
+    "SqueezeExcite",
+    "Summary",
+    "Variant",
+    "create_model",
+    "fuse_model",
+    "summarize",
+]

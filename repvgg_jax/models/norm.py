@@ -1,0 +1,56 @@
+"""Batch normalisation with statistics in at least float32, whatever the compute dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last; the variables are those of `flax.linen.BatchNorm`.
+
+    Unlike Flax's, running statistics are float64 where `param_dtype` is, so that float64 proofs stay float64.
+    Under `jit` on a sharded batch the statistics are those of the global batch.
+
+    Attributes:
+      use_running_average: normalise by the running statistics instead of the batch's.
+      momentum: new = momentum · old + (1 − momentum) · batch; the batch's variance is the biased one.
+      epsilon: added to the variance.
+      dtype: of the output; None for the dtype of input and parameters.
+      param_dtype: of scale and bias; statistics have it too, but at least float32.
+
+    References:
+      Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `(…, channels)`."""
+        shape = (x.shape[-1],)
+        stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        output_dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
+
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.use_running_average:
+            mean, var = running_mean.value, running_var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes)
+            var = jnp.square(x - mean).mean(axes)
+            if not self.is_initializing():
+                for running, batch in ((running_mean, mean), (running_var, var)):
+                    running.value = (self.momentum * running.value + (1 - self.momentum) * batch).astype(stats_dtype)
+        return ((x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias).astype(output_dtype)

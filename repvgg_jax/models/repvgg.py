@@ -1,0 +1,158 @@
+"""The network: stem, stage1…stage4, head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init
+
+
+class AuxiliaryHead(nn.Module):
+    """A classifier on an inner stage, for training only: 3×3 stride-2 ConvBN, ReLU, mean, dense."""
+
+    num_classes: int
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Map `(batch, height, width, channels)` to logits `(batch, num_classes)`."""
+        x = ConvBN(
+            x.shape[-1],
+            3,
+            stride=2,
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="conv_bn",
+        )(x, train=train)
+        head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
+        return head(_spatial_mean(nn.relu(x)))
+
+
+class RepVGG(nn.Module):
+    """RepVGG in its training form, or with `deploy=True` the plain stack of 3×3 convolutions.
+
+    `create_model` builds the published variants.
+
+    Attributes:
+      num_classes: width of the head.
+      depths: blocks in stage1…stage4.
+      width_multiplier: of the channels 64, 128, 256, 512 of stage1…stage4; the stem has min(64, stage1).
+      strides: of the stem and of the first block of stage1…stage4.
+      groups: of every second block, counted from the stem, which is not grouped.
+      squeeze_excite: None, "before_relu" (RepVGG-D2se) or "after_relu" (RepVGGplus), in every block.
+      squeeze_excite_reduction: channels over the width of the squeeze-excite bottleneck.
+      auxiliary_heads: three classifiers on inner stages in training (RepVGGplus); never in the deploy form.
+      deploy: which form.
+      epsilon: of the batch norms.
+      momentum: of the running statistics.
+      dtype: of the computation, e.g. `jnp.bfloat16`; logits stay in at least float32.
+      param_dtype: of parameters and statistics.
+      remat: recompute each block's activations in the backward pass instead of storing them.
+
+    References:
+      Ding et al., CVPR 2021, https://arxiv.org/abs/2101.03697; https://github.com/DingXiaoH/RepVGG
+    """
+
+    num_classes: int
+    depths: tuple[int, int, int, int]
+    width_multiplier: tuple[float, float, float, float]
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    groups: int = 1
+    squeeze_excite: SqueezeExcitePosition | None = None
+    squeeze_excite_reduction: int = 16
+    auxiliary_heads: bool = False
+    deploy: bool = False
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int, int, int]:
+        """Output channels of the stem and of stage1…stage4."""
+        stages = [int(base * factor) for base, factor in zip((64, 128, 256, 512), self.width_multiplier, strict=True)]
+        return (min(64, stages[0]), *stages)  # type: ignore[return-value]
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, features: bool = False) -> Any:
+        """Run the network.
+
+        Args:
+          images: `(batch, height, width, channels)`, floating point, normalised; any height and width ≥ 1.
+          train: normalise by the batch's statistics and update the running ones (collection `batch_stats` must be
+            mutable). In the deploy form it makes no difference.
+          features: return the endpoints instead of the logits.
+
+        Returns:
+          Logits `(batch, num_classes)`; with auxiliary heads and `train=True`, `(logits, {'stage1_aux': …,
+          'stage2_aux': …, 'stage3_first_aux': …})`. With `features=True` a dict in the order of computation:
+          'stem', 'stage1'…'stage4' `(batch, height, width, channels)`, the auxiliary logits where they exist,
+          'pooled' `(batch, channels)`, 'logits'.
+        """
+        if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}{images.shape}: expected floating point (batch, height, width, channels); "
+                "normalise uint8 images first, (images / 255 - mean) / std"
+            )
+        policy: dict[str, Any] = dict(
+            epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        block = partial(
+            RepVGGBlock,
+            deploy=self.deploy,
+            squeeze_excite=self.squeeze_excite,
+            squeeze_excite_reduction=self.squeeze_excite_reduction,
+            **policy,
+        )
+        auxiliary = partial(AuxiliaryHead, self.num_classes, **policy)
+        use_auxiliary = self.auxiliary_heads and not self.deploy
+
+        def run(module: RepVGGBlock, x: jax.Array) -> jax.Array:
+            return module(x, train=train)
+
+        if self.remat:
+            run = nn.remat(run)
+
+        ends: dict[str, jax.Array] = {}
+        x = run(block(self.widths[0], stride=self.strides[0], name="stem"), images)
+        ends["stem"] = x
+        index = 0
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:], strict=True), start=1):
+            for number in range(1, depth + 1):
+                index += 1
+                module = block(
+                    width,
+                    stride=self.strides[stage] if number == 1 else 1,
+                    groups=self.groups if index % 2 == 0 else 1,
+                    name=f"stage{stage}_block{number}",
+                )
+                x = run(module, x)
+                if use_auxiliary and stage == 3 and number == depth // 2:
+                    ends["stage3_first_aux"] = auxiliary(name="stage3_first_aux")(x, train=train)
+            ends[f"stage{stage}"] = x
+            if use_auxiliary and stage in (1, 2):
+                ends[f"stage{stage}_aux"] = auxiliary(name=f"stage{stage}_aux")(x, train=train)
+        ends["pooled"] = _spatial_mean(x)
+        head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
+        ends["logits"] = head(ends["pooled"])
+
+        if features:
+            return ends
+        if use_auxiliary and train:
+            return ends["logits"], {name: ends[name] for name in ends if name.endswith("_aux")}
+        return ends["logits"]
+
+
+def _spatial_mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

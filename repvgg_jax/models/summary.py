@@ -1,0 +1,106 @@
+"""A table of a network in both forms: output shape, parameters and multiply-adds of each block."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from tabulate import tabulate
+
+from repvgg_jax.models.repvgg import RepVGG
+
+
+class Row(NamedTuple):
+    """One block: its name, output shape without the batch, and what it costs in the two forms."""
+
+    name: str
+    output_shape: tuple[int, ...]
+    training_parameters: int
+    training_multiply_adds: int
+    deploy_parameters: int
+    deploy_multiply_adds: int
+
+
+class Summary(NamedTuple):
+    """The rows of a network; `str(summary)` is the table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        """The sums over all blocks; its output shape is that of the last."""
+        sums = [sum(column) for column in list(zip(*self.rows, strict=True))[2:]]
+        return Row("total", self.rows[-1].output_shape, *sums)
+
+    def __str__(self) -> str:
+        lines = [
+            (row.name, "×".join(map(str, row.output_shape)), *(f"{value:,}" for value in row[2:]))
+            for row in (*self.rows, self.total)
+        ]
+        headers = [
+            "block", "output", "parameters\ntraining", "multiply-adds\ntraining", "parameters\ndeploy",
+            "multiply-adds\ndeploy",
+        ]  # fmt: skip
+        lines.insert(-1, tuple("-" * 5 for _ in headers))
+        return tabulate(lines, headers=headers, colalign=("left", "left", *["right"] * 4))
+
+
+def summarize(model: RepVGG, image_shape: tuple[int, int, int]) -> Summary:
+    """Count a network's parameters and multiply-adds, block by block, in both forms.
+
+    Nothing is computed: shapes alone are traced. Parameters are the trainable ones (batch statistics are not).
+    Multiply-adds are those of convolutions and dense layers for one image; norms, ReLU, pooling and the scaling
+    by squeeze-excite gates are not counted, and neither are the auxiliary heads, which serve training only
+    (their parameters are).
+
+    Args:
+      model: in either form.
+      image_shape: `(height, width, channels)`.
+
+    Returns:
+      The summary.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), model.dtype or model.param_dtype)
+    training, deploy = (_count(model.clone(deploy=form), images) for form in (False, True))
+    return Summary(
+        tuple(
+            Row(name, shape, parameters, adds, *deploy.get(name, (shape, 0, 0))[1:])
+            for name, (shape, parameters, adds) in training.items()
+        )
+    )
+
+
+def _count(model: RepVGG, images: jax.ShapeDtypeStruct) -> dict[str, tuple[tuple[int, ...], int, int]]:
+    def outputs(key: Any, x: jax.Array) -> Any:
+        variables = model.init(key, x, train=False)
+        _, state = model.apply(variables, x, train=False, capture_intermediates=True, mutable=["intermediates"])
+        return variables["params"], state["intermediates"]
+
+    params, intermediates = jax.eval_shape(outputs, jax.random.key(0), images)
+    rows = {}
+    for name in _computation_order(model):
+        if name not in params:
+            continue
+        shape = intermediates[name]["__call__"][0].shape[1:]
+        positions = math.prod(shape[:-1])
+        parameters = adds = 0
+        for leaf in jax.tree.leaves(params[name]):
+            parameters += math.prod(leaf.shape)
+            if len(leaf.shape) == 4:
+                adds += positions * math.prod(leaf.shape)
+            elif len(leaf.shape) == 2:
+                adds += math.prod(leaf.shape)
+        rows[name] = (shape, parameters, 0 if name.endswith("_aux") else adds)
+    return rows
+
+
+def _computation_order(model: RepVGG) -> list[str]:
+    names = ["stem"]
+    for stage, depth in enumerate(model.depths, start=1):
+        names += [f"stage{stage}_block{number}" for number in range(1, depth + 1)]
+        if stage == 3:
+            names.insert(len(names) - depth + depth // 2, "stage3_first_aux")
+        elif stage < 3:
+            names.append(f"stage{stage}_aux")
+    return [*names, "head"]

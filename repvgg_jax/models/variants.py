@@ -1,0 +1,135 @@
+"""The published networks and the function that builds them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from repvgg_jax.models.blocks import SqueezeExcitePosition
+from repvgg_jax.models.repvgg import RepVGG
+
+
+class Variant(NamedTuple):
+    """What sets a published network apart; the fields are those of `RepVGG`."""
+
+    depths: tuple[int, int, int, int]
+    width_multiplier: tuple[float, float, float, float]
+    groups: int = 1
+    squeeze_excite: SqueezeExcitePosition | None = None
+    squeeze_excite_reduction: int = 16
+    auxiliary_heads: bool = False
+
+
+_A, _B, _D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+
+# RepVGG, table 2 and section 4.1; D2se and RepVGGplus-L2pse from github.com/DingXiaoH/RepVGG.
+VARIANTS: dict[str, Variant] = {
+    "repvgg_a0": Variant(_A, (0.75, 0.75, 0.75, 2.5)),
+    "repvgg_a1": Variant(_A, (1, 1, 1, 2.5)),
+    "repvgg_a2": Variant(_A, (1.5, 1.5, 1.5, 2.75)),
+    "repvgg_b0": Variant(_B, (1, 1, 1, 2.5)),
+    "repvgg_b1": Variant(_B, (2, 2, 2, 4)),
+    "repvgg_b1g2": Variant(_B, (2, 2, 2, 4), groups=2),
+    "repvgg_b1g4": Variant(_B, (2, 2, 2, 4), groups=4),
+    "repvgg_b2": Variant(_B, (2.5, 2.5, 2.5, 5)),
+    "repvgg_b2g2": Variant(_B, (2.5, 2.5, 2.5, 5), groups=2),
+    "repvgg_b2g4": Variant(_B, (2.5, 2.5, 2.5, 5), groups=4),
+    "repvgg_b3": Variant(_B, (3, 3, 3, 5)),
+    "repvgg_b3g2": Variant(_B, (3, 3, 3, 5), groups=2),
+    "repvgg_b3g4": Variant(_B, (3, 3, 3, 5), groups=4),
+    "repvgg_d2se": Variant(_D, (2.5, 2.5, 2.5, 5), squeeze_excite="before_relu", squeeze_excite_reduction=16),
+    "repvggplus_l2pse": Variant(
+        _D, (2.5, 2.5, 2.5, 5), squeeze_excite="after_relu", squeeze_excite_reduction=4, auxiliary_heads=True
+    ),
+}
+
+
+def canonical_name(name: str) -> str:
+    """Map 'RepVGG-A0', 'repvgg_a0' and the like to a key of `VARIANTS`.
+
+    Raises:
+      ValueError: there is no such variant; the message suggests the nearest.
+    """
+    key = name.lower().replace("-", "_")
+    if key not in VARIANTS:
+        near = difflib.get_close_matches(key, VARIANTS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown variant {name!r}: {hint}expected one of {', '.join(VARIANTS)}")
+    return key
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    deploy: bool = False,
+    strides: Sequence[int] = (2, 2, 2, 2, 2),
+    width_multiplier: Sequence[float] | None = None,
+    depths: Sequence[int] | None = None,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> RepVGG:
+    """Build a published RepVGG, or one cut to measure.
+
+    Args:
+      name: 'repvgg_a0' … 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'; 'RepVGG-A0' works too.
+      num_classes: width of the head.
+      deploy: build the deploy form, for variables that `fuse` returned.
+      strides: of the stem and of stage1…stage4, each 1 or 2. Small images want fewer 2s, e.g. (1, 1, 2, 2, 2).
+      width_multiplier: four factors in place of the variant's.
+      depths: four stage depths in place of the variant's.
+      epsilon: of the batch norms.
+      momentum: of the running statistics.
+      dtype: of the computation, e.g. `jnp.bfloat16`.
+      param_dtype: of parameters and statistics.
+      remat: trade time for memory in the backward pass.
+
+    Returns:
+      The Flax module. `model.init(key, images, train=False)` makes its variables.
+
+    Raises:
+      ValueError: an unknown name, or a value out of range; the message says which.
+
+    Example:
+      >>> create_model("RepVGG-A0", num_classes=10).widths
+      (48, 48, 96, 192, 1280)
+    """
+    variant = VARIANTS[canonical_name(name)]
+    if width_multiplier is not None:
+        variant = variant._replace(width_multiplier=tuple(width_multiplier))
+    if depths is not None:
+        variant = variant._replace(depths=tuple(depths))
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}: expected at least 1")
+    if len(strides) != 5 or any(stride not in (1, 2) for stride in strides):
+        raise ValueError(f"strides are {tuple(strides)}: expected five, each 1 or 2, for the stem and stage1…stage4")
+    if len(variant.depths) != 4 or any(depth < 1 for depth in variant.depths):
+        raise ValueError(f"depths are {variant.depths}: expected four, each at least 1, for stage1…stage4")
+    if len(variant.width_multiplier) != 4 or any(factor <= 0 for factor in variant.width_multiplier):
+        raise ValueError(
+            f"width_multiplier is {variant.width_multiplier}: expected four positive factors for stage1…stage4"
+        )
+    model = RepVGG(
+        num_classes=num_classes,
+        strides=tuple(strides),  # type: ignore[arg-type]
+        deploy=deploy,
+        epsilon=epsilon,
+        momentum=momentum,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        **variant._asdict(),
+    )
+    smallest = variant.groups * (variant.squeeze_excite_reduction if variant.squeeze_excite else 1)
+    if any(width < smallest or width % variant.groups for width in model.widths):
+        raise ValueError(
+            f"width_multiplier {variant.width_multiplier} gives {model.widths} channels: expected multiples of "
+            f"{variant.groups} (groups), at least {smallest}"
+        )
+    return model

@@ -1,0 +1,170 @@
+"""The algebra of structural re-parameterization: every branch is one affine convolution `(kernel, bias)`.
+
+Kernels are HWIO, `(kh, kw, in_channels / groups, out_channels)`. The functions take NumPy arrays, JAX arrays
+or tracers; NumPy in gives NumPy out, so a fold can run in float64 on the host even where JAX is limited to
+float32. Results are at least float32; rounding to a narrower parameter dtype is the caller's last step.
+
+References:
+  Ding et al., *RepVGG: Making VGG-style ConvNets Great Again*, CVPR 2021, arXiv:2101.03697, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class Convolution(NamedTuple):
+    """An affine convolution: `kernel` is HWIO, `bias` has shape `(out_channels,)`."""
+
+    kernel: Array
+    bias: Array
+
+
+def fold_batch_norm(
+    kernel: Array,
+    *,
+    mean: Array,
+    var: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    conv_bias: Array | None = None,
+    epsilon: float = 1e-5,
+) -> Convolution:
+    """Fold an inference-mode batch norm into the convolution before it.
+
+    Args:
+      kernel: `(kh, kw, in / groups, out)`.
+      mean: running mean, `(out,)`.
+      var: running variance (not the standard deviation), `(out,)`.
+      scale: the norm's scale, `(out,)`; None where the norm has none.
+      bias: the norm's bias, `(out,)`; None where the norm has none.
+      conv_bias: the convolution's own bias before the norm, `(out,)`; None where it has none.
+      epsilon: the norm's epsilon, added to the variance.
+
+    Returns:
+      The convolution that computes `norm(conv(x))`.
+
+    Raises:
+      ValueError: a vector's shape is not `(out,)`.
+
+    Example:
+      >>> kernel = np.ones((1, 1, 1, 2))
+      >>> folded = fold_batch_norm(kernel, mean=np.array([1.0, 0.0]), var=np.array([3.0, 15.0]), epsilon=1.0)
+      >>> folded.kernel.ravel().tolist(), folded.bias.tolist()
+      ([0.5, 0.25], [-0.5, 0.0])
+    """
+    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias, "conv_bias": conv_bias}
+    out_channels = kernel.shape[-1]
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (out_channels,):
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, expected ({out_channels},): one value for each output "
+                f"channel of the kernel {tuple(kernel.shape)}"
+            )
+    kernel, mean, var = (_at_least_float32(array) for array in (kernel, mean, var))
+    factor = (var + epsilon) ** -0.5
+    if scale is not None:
+        factor = factor * _at_least_float32(scale)
+    offset = -mean if conv_bias is None else _at_least_float32(conv_bias) - mean
+    folded_bias = offset * factor
+    if bias is not None:
+        folded_bias = folded_bias + _at_least_float32(bias)
+    return Convolution(kernel * factor, folded_bias)
+
+
+def pad_kernel(kernel: Array, size: tuple[int, int]) -> Array:
+    """Zero-pad a kernel around its centre to a larger spatial size.
+
+    Args:
+      kernel: `(kh, kw, in / groups, out)`.
+      size: the `(kh, kw)` to reach.
+
+    Returns:
+      The kernel, `(*size, in / groups, out)`. With `(size - 1) / 2` more padding of the images it computes
+      what the small kernel computed, at any stride.
+
+    Raises:
+      ValueError: the size is smaller than the kernel, or differs by an odd number, which leaves no centre.
+    """
+    growth = [target - current for target, current in zip(size, kernel.shape[:2], strict=True)]
+    if any(g < 0 or g % 2 for g in growth):
+        raise ValueError(
+            f"cannot pad a {kernel.shape[0]}x{kernel.shape[1]} kernel to {size[0]}x{size[1]} around its centre: "
+            "the target must be larger by an even number in both directions"
+        )
+    if not any(growth):
+        return kernel
+    widths = [(g // 2, g // 2) for g in growth] + [(0, 0), (0, 0)]
+    return _namespace(kernel).pad(kernel, widths)
+
+
+def identity_kernel(
+    channels: int, *, groups: int = 1, size: tuple[int, int] = (1, 1), dtype: Any = np.float64
+) -> np.ndarray:
+    """The kernel of a convolution that returns its input.
+
+    Args:
+      channels: input and output channels.
+      groups: of the convolution; must divide `channels`.
+      size: odd spatial size `(kh, kw)`; the ones sit at the centre.
+      dtype: of the result.
+
+    Returns:
+      `(*size, channels / groups, channels)`.
+
+    Raises:
+      ValueError: `groups` does not divide `channels`.
+
+    Example:
+      >>> identity_kernel(4, groups=2)[0, 0].tolist()
+      [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]
+    """
+    if channels % groups:
+        raise ValueError(f"channels (={channels}) must be divisible by groups (={groups})")
+    block = np.eye(channels // groups, dtype=dtype)
+    return np.asarray(pad_kernel(np.tile(block, (1, groups))[None, None], size))
+
+
+def merge_branches(branches: Sequence[Convolution]) -> Convolution:
+    """Add up branches that read one input on one output grid.
+
+    Args:
+      branches: convolutions of equal `in / groups` and `out`; smaller kernels are padded to the largest.
+
+    Returns:
+      The one convolution that computes the sum of all branches.
+
+    Raises:
+      ValueError: there is no branch, or the channel counts differ.
+    """
+    if not branches:
+        raise ValueError("there is no branch to merge: expected at least one convolution")
+    shapes = [tuple(branch.kernel.shape) for branch in branches]
+    if len({shape[2:] for shape in shapes}) != 1:
+        raise ValueError(
+            f"the kernels of the branches are {', '.join(map(str, shapes))}: expected the same in/groups and out "
+            "channels (the last two numbers) in every branch"
+        )
+    size = (max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+    kernel: Any = 0
+    bias: Any = 0
+    for branch in branches:
+        kernel = kernel + pad_kernel(branch.kernel, size)
+        bias = bias + branch.bias
+    return Convolution(kernel, bias)
+
+
+def _at_least_float32(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _namespace(array: Array) -> ModuleType:
+    return np if isinstance(array, np.ndarray) else jnp

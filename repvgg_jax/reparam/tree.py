@@ -1,0 +1,157 @@
+"""Fusing a tree of variables: the training form's params and batch_stats become the deploy form's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from repvgg_jax.reparam.rules import Path, Rule, Tree, repvgg_rule
+
+Variables = TypeVar("Variables", bound=Mapping[str, Any])
+
+
+def fuse(variables: Variables, *, epsilon: float = 1e-5) -> Variables:
+    """Fuse every RepVGG block of a training form into one 3×3 convolution.
+
+    A pure function of the tree: `jit`, `vmap`, `grad` and `eval_shape` all work on it. Concrete arrays are folded
+    in float64 on the host and rounded once; under a transformation the fold runs in at least float32.
+
+    Args:
+      variables: `{'params': …, 'batch_stats': …, …}` of a training form, or of any model that contains one; dict
+        or FrozenDict. Leaves are arrays; kernels HWIO.
+      epsilon: of the batch norms. It is not in the variables; `fuse_model` reads it from the model.
+
+    Returns:
+      The variables of the deploy form, of the same container type: each block is
+      `{'reparam': {'kernel', 'bias'}}` beside its untouched siblings, in the parameters' dtype. Other collections
+      and batch statistics that belong to no block are kept; an emptied `batch_stats` goes.
+
+    Raises:
+      ValueError: there is no block, the tree is fused already, or a block is malformed. The message names each
+        path, what was found, what was expected and the remedy.
+
+    References:
+      RepVGG, section 3.3, https://arxiv.org/abs/2101.03697
+
+    Example:
+      >>> import jax, repvgg_jax
+      >>> model = repvgg_jax.create_model("repvgg_a0", num_classes=10, depths=(1, 1, 1, 1))
+      >>> variables = jax.eval_shape(
+      ...     lambda: model.init(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)), train=False))
+      >>> sorted(jax.eval_shape(repvgg_jax.fuse, variables))
+      ['params']
+    """
+    return fuse_with(repvgg_rule(epsilon), variables)
+
+
+def fuse_with(rule: Rule, variables: Variables) -> Variables:
+    """Replace every node of a tree of variables that a rule matches.
+
+    Args:
+      rule: from `branch_rule`, `first_match`, or your own function `(path, params, batch_stats) ->
+        Replacement | None`, asked at every node from the root downwards; what it replaces is not searched further.
+      variables: `{'params': …, 'batch_stats': …, …}`, dict or FrozenDict.
+
+    Returns:
+      The new variables, as `fuse` describes.
+
+    Raises:
+      ValueError: as `fuse`.
+
+    Example:
+      >>> import numpy as np
+      >>> from repvgg_jax.reparam import branch_rule, fuse_with
+      >>> ones = np.ones(2)
+      >>> branch = {"conv": {"kernel": np.ones((3, 3, 2, 2))}, "bn": {"scale": ones, "bias": ones}}
+      >>> variables = {"params": {"block": {"branch": branch}},
+      ...              "batch_stats": {"block": {"branch": {"bn": {"mean": ones, "var": ones}}}}}
+      >>> fuse_with(branch_rule(["branch"], into="conv"), variables)["params"]["block"]["conv"]["bias"].shape
+      (2,)
+    """
+    _check_variables(variables)
+    matched: list[Path] = []
+    problems: list[str] = []
+
+    def walk(path: Path, params: Tree, batch_stats: Tree) -> tuple[Tree, Tree]:
+        try:
+            replacement = rule(path, params, batch_stats)
+        except ValueError as error:
+            problems.append(f"{'/'.join(path) or 'the root'}: {error}")
+            return params, batch_stats
+        if replacement is not None:
+            matched.append(path)
+            return replacement
+        new_params, new_stats = {}, dict(batch_stats)
+        for key, child in params.items():
+            if not isinstance(child, Mapping):
+                new_params[key] = child
+                continue
+            old_stats = batch_stats.get(key, {})
+            child_params, child_stats = walk((*path, key), child, old_stats)
+            if child_params or not child:
+                new_params[key] = _as(child, child_params)
+            if child_stats:
+                new_stats[key] = _as(old_stats, child_stats)
+            elif old_stats:
+                new_stats.pop(key)
+        return new_params, new_stats
+
+    old_stats = variables.get("batch_stats", {})
+    params, batch_stats = walk((), variables["params"], old_stats)
+    if problems:
+        raise ValueError("cannot fuse these blocks:\n  " + "\n  ".join(problems))
+    if not matched:
+        raise ValueError(_nothing_found(variables["params"]))
+
+    fused = {key: variables[key] for key in variables if key != "batch_stats"}
+    fused["params"] = _as(variables["params"], params)
+    if batch_stats:
+        fused["batch_stats"] = _as(old_stats, batch_stats)
+    return _as(variables, fused)
+
+
+def _as(original: Any, content: Any) -> Any:
+    """Give the content the container type of the original: dict, FrozenDict or another mapping."""
+    return type(original)(content) if isinstance(original, Mapping) else content
+
+
+def _check_variables(variables: Any) -> None:
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        found = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f"expected variables, a mapping with the key 'params' (and 'batch_stats'), found {found}; pass "
+            "{'params': state.params, 'batch_stats': state.batch_stats}"
+        )
+    boxed = []
+    for name in ("params", "batch_stats"):
+        leaves = jax.tree_util.tree_flatten_with_path(
+            variables.get(name, {}), is_leaf=lambda node: hasattr(node, "unbox")
+        )[0]
+        boxed += [
+            f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}"
+            for path, leaf in leaves
+            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+        ]
+    if boxed:
+        raise ValueError(
+            "expected arrays as leaves, found: " + "; ".join(boxed) + "; take boxes off first, with "
+            "flax.linen.meta.unbox(variables)"
+        )
+
+
+def _nothing_found(params: Tree) -> str:
+    paths = ["/".join(str(key.key) for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    if any("reparam/" in path for path in paths):
+        where = sorted({path.split("reparam/")[0].rstrip("/") for path in paths if "reparam/" in path})
+        return (
+            f"no block to fuse: the tree is fused already, 'reparam' stands in {', '.join(where[:4])}"
+            f"{', …' if len(where) > 4 else ''}; use it with the deploy form, create_model(…, deploy=True)"
+        )
+    shown = ", ".join(paths[:4]) + (", …" if len(paths) > 4 else "")
+    return (
+        f"no block to fuse among {len(paths)} parameters ({shown}): expected nodes with the branches the rule names "
+        "(branch_3x3/{conv,bn}, branch_1x1/{conv,bn}, branch_identity for RepVGG); for other names build a rule with "
+        "branch_rule(…) and use fuse_with(rule, variables)"
+    )

@@ -1,0 +1,117 @@
+"""What `train.py` and `fuse.py` do with their command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from repvgg_jax.data import load_dataset
+from repvgg_jax.models import summarize
+from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
+from repvgg_jax.training.presets import PRESETS
+from repvgg_jax.training.run_directory import fuse_run
+
+_USAGE_ERROR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainArguments:
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    workdir: Path | None = None
+    """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
+    summary: bool = False
+    """Print the network's blocks in both forms (output shape, parameters, multiply-adds) and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _FuseArguments:
+    run_dir: tyro.conf.Positional[Path]
+    """Directory that train.py wrote."""
+    check_only: bool = False
+    """Verify without writing anything."""
+    data_dir: str | None = None
+    """Where the data set lies now, if it has moved since training."""
+
+
+def train_command(arguments: list[str]) -> int:
+    """Run `train.py`.
+
+    Args:
+      arguments: an optional preset name (default 'digits'), then flags.
+
+    Returns:
+      The exit status: 0, 1 where training or the proof of equality failed, 2 for bad input.
+    """
+    preset = "digits"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        return _fail(f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}")
+
+    def run() -> None:
+        parsed = tyro.cli(
+            _TrainArguments,
+            args=arguments,
+            default=_TrainArguments(PRESETS[preset]),
+            prog=f"train.py {preset}",
+            description=f"Train a RepVGG, fuse it, and prove the two forms equal. Presets: {', '.join(PRESETS)}; "
+            f"the defaults below are those of {preset!r}.",
+        )
+        if parsed.summary:
+            print(_summary(parsed.config))
+            return
+        workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        train_and_evaluate(parsed.config, workdir)
+        print(f"\nreport: {workdir / 'report.md'}\nweights: {workdir / 'deploy.safetensors'}")
+
+    return _guard(run)
+
+
+def fuse_command(arguments: list[str]) -> int:
+    """Run `fuse.py`; arguments and exit status as for `train_command`."""
+
+    def run() -> None:
+        parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=__doc__)
+        fuse_run(parsed.run_dir, data_dir=parsed.data_dir, check_only=parsed.check_only)
+        if not parsed.check_only:
+            print(f"\nweights: {parsed.run_dir / 'deploy.safetensors'}")
+
+    return _guard(run)
+
+
+def _guard(run: Callable[[], None]) -> int:
+    try:
+        run()
+    except (TrainingDivergedError, EquivalenceError) as error:
+        return _fail(str(error), status=1)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str, status: int = _USAGE_ERROR) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _summary(config: TrainConfig) -> str:
+    """The table of a config's network; the data set tells classes and channels where it is at hand."""
+    try:
+        dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+        classes, channels, note = dataset.num_classes, dataset.channels, ""
+    except (ValueError, FileNotFoundError):
+        classes, channels = 1000, 3
+        note = f"\n\n{config.dataset} is not at hand: counted with {classes} classes and {channels} channels"
+    summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))
+    return f"{config.variant} on {config.image_size}×{config.image_size} images\n\n{summary}{note}"

@@ -1,0 +1,176 @@
+"""The training form beside the deploy form: size, speed, accuracy, and whether they are the same function."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tabulate import tabulate
+
+from repvgg_jax.models import RepVGG, fuse_model
+from repvgg_jax.reparam import Agreement, agreement
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.steps import Batch, make_eval_step, shard_batch
+
+# Rounding in float32 through 28 blocks stays near 1e-6 of the largest logit; a wrong epsilon or padding is far above.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One form of a network.
+
+    Attributes:
+      parameters: trainable ones.
+      megabytes: of all variables, 10⁶ bytes; the training form's include the batch statistics.
+      milliseconds: median forward time for one image, in evaluation batches.
+      accuracy: on the test split, in [0, 1].
+    """
+
+    parameters: int
+    megabytes: float
+    milliseconds: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The two forms on the whole test split.
+
+    Attributes:
+      training: the training form.
+      deploy: the deploy form.
+      agreement: of their logits.
+      labels: `(records,)` true classes.
+      predictions: `(records,)` classes the deploy form predicts.
+      differences: `(records, classes)` deploy logits minus training logits.
+      batch_size: images in a timed forward pass.
+    """
+
+    training: Form
+    deploy: Form
+    agreement: Agreement
+    labels: np.ndarray
+    predictions: np.ndarray
+    differences: np.ndarray
+    batch_size: int
+
+    def table(self, style: str = "simple") -> str:
+        """The closing table, in one of tabulate's styles ('simple', 'github', …)."""
+        a, b, found = self.training, self.deploy, self.agreement
+        rows = [
+            ("trainable parameters", f"{a.parameters:,}", f"{b.parameters:,}"),
+            ("size (MB)", f"{a.megabytes:.3f}", f"{b.megabytes:.3f}"),
+            (
+                f"forward time per image (ms, batch {self.batch_size})",
+                f"{a.milliseconds:.4f}",
+                f"{b.milliseconds:.4f}",
+            ),
+            (
+                f"test accuracy (%, {found.count:,} images)",
+                f"{100 * a.accuracy:.2f}",
+                f"{100 * b.accuracy:.2f}",
+            ),
+            ("largest difference of the logits", "", f"{found.max_difference:.2e}"),
+            ("  relative to the largest logit", "", f"{found.relative:.2e}"),
+            ("predictions changed", "", f"{found.predictions_changed}"),
+        ]
+        headers = ("", "training form", "deploy form")
+        return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=("left", "right", "right"))
+
+    def check(self) -> None:
+        """Raise a ValueError unless the forms agree and no prediction changed."""
+        self.agreement.require(TOLERANCE)
+
+
+def fuse_and_compare(
+    model: RepVGG,
+    variables: dict[str, Any],
+    batches: Callable[[], Iterable[Batch]],
+    config: TrainConfig,
+    mesh: Mesh,
+) -> tuple[RepVGG, dict[str, Any], Comparison]:
+    """Fuse a trained network and compare its two forms on every test image.
+
+    The comparison computes in float32 with float32 products, whatever the run's dtype: bf16 comes after fusing.
+    Times are those of the run's own dtype.
+
+    Args:
+      model: in its training form.
+      variables: `{'params', 'batch_stats'}`.
+      batches: makes a fresh pass over this process's share of the test split.
+      config: of the run.
+      mesh: of the run.
+
+    Returns:
+      The model in its deploy form, its variables, and the comparison; `comparison.check()` raises where the forms
+      differ.
+
+    Raises:
+      ValueError: the variables cannot be fused.
+      AssertionError: the fused tree is not the one `deploy_model.init` makes.
+    """
+    deploy_model, deploy_variables = fuse_model(model, variables)
+    exact = [form.clone(dtype=None) for form in (model, deploy_model)]
+    both = (variables, deploy_variables)
+    logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    labels = []
+    first: dict[str, Any] = {}
+    with jax.default_matmul_precision("float32"):
+        steps = [make_eval_step(form, config, mesh) for form in exact]
+        for batch in batches():
+            placed = shard_batch(batch, mesh)
+            first = first or placed
+            results = [step(form_variables, placed) for step, form_variables in zip(steps, both, strict=True)]
+            mask = np.asarray(results[0]["mask"])
+            labels.append(np.asarray(results[0]["label"])[mask])
+            for side, result in zip(logits, results, strict=True):
+                side.append(np.asarray(result["logits"])[mask])
+    expected, found = (np.concatenate(side) for side in logits)
+    truth = np.concatenate(labels)
+    init = jax.eval_shape(lambda x: deploy_model.init(jax.random.key(0), x, train=False), first["image"] / 255)
+    chex.assert_trees_all_equal_shapes_and_dtypes(deploy_variables, init)
+    milliseconds = _interleaved_times((model, deploy_model), both, first["image"])
+    training, deploy = (
+        Form(
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(form_variables["params"])),
+            megabytes=sum(leaf.nbytes for leaf in jax.tree.leaves(form_variables)) / 1e6,
+            milliseconds=time_,
+            accuracy=float(np.mean(side.argmax(-1) == truth)),
+        )
+        for form_variables, time_, side in zip(both, milliseconds, (expected, found), strict=True)
+    )
+    comparison = Comparison(
+        training=training,
+        deploy=deploy,
+        agreement=agreement(expected, found),
+        labels=truth,
+        predictions=found.argmax(-1),
+        differences=found - expected,
+        batch_size=len(first["image"]),
+    )
+    return deploy_model, deploy_variables, comparison
+
+
+def _interleaved_times(
+    models: tuple[RepVGG, RepVGG], both: tuple[Any, Any], images: jax.Array, repeats: int = 9
+) -> list[float]:
+    """Median milliseconds for one image of each model, measured in turn so that drift hits both."""
+    floats = images.astype(jnp.float32) / 255
+    forwards = [jax.jit(lambda v, x, m=model: m.apply(v, x, train=False)) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for forward, variables, seconds in zip(forwards, both, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(forward(variables, floats))
+            if repeat:  # the first call compiles
+                seconds.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(seconds) / len(images) for seconds in times]

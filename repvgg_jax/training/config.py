@@ -1,0 +1,158 @@
+"""What a training run is made of: one flat, frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from repvgg_jax.models import RepVGG, create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run. The batch size is the global one, whatever the number of devices."""
+
+    variant: str = "repvgg_a0"
+    """Published network to start from: repvgg_a0 … repvgg_b3g4, repvgg_d2se, repvggplus_l2pse."""
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    """Strides of the stem and of stage 1 to 4; small images want fewer 2s."""
+    depths: tuple[int, int, int, int] | None = None
+    """Blocks in stage 1 to 4, in place of the variant's."""
+    width_multiplier: tuple[float, float, float, float] | None = None
+    """Factors on the channels 64, 128, 256, 512 of stage 1 to 4, in place of the variant's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters and batch statistics stay float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    dataset: str = "digits"
+    """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
+    data_dir: str | None = None
+    """Where TFDS data sets lie prepared; TFDS' own default (~/tensorflow_datasets) where not given."""
+    image_size: int = 32
+    """Side length of the square images the network sees, in pixels."""
+    eval_resize: int | None = None
+    """In evaluation resize the shorter side to this first, then crop the centre (ImageNet: 256 for 224)."""
+    random_resized_crop: bool = False
+    """Train on random crops of 8 to 100 % of the image's area (ImageNet); decoded on the host."""
+    crop_padding: int = 4
+    """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
+    flip: bool = True
+    """Mirror half of the training images left to right, on the device."""
+    mean: tuple[float, ...] | None = None
+    """Channel means in [0, 1] units; measured on the training split where not given."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations in [0, 1] units; measured on the training split where not given."""
+    num_workers: int = 0
+    """Processes that decode images; 0 decodes in threads, which is quicker for small images."""
+
+    epochs: int = 120
+    """Passes over the training split."""
+    batch_size: int = 256
+    """Images in a training step, over all devices."""
+    eval_batch_size: int = 256
+    """Images in an evaluation step, over all devices."""
+    learning_rate: float = 0.1
+    """Peak learning rate of SGD, for the batch size given."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from 0, before the cosine to 0."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum instead of the classical one."""
+    weight_decay: float = 1e-4
+    """L2 on kernels and identity-norm scales; biases and the scales of 3x3 and 1x1 norms are exempt."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    auxiliary_weight: float = 0.1
+    """Weight of each auxiliary head's loss (RepVGGplus only)."""
+
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    seed: int = 0
+    """Of initialisation, data order, augmentation and drawn splits."""
+
+    def __post_init__(self) -> None:
+        create_model(self.variant, strides=self.strides, depths=self.depths, width_multiplier=self.width_multiplier)
+        at_least = dict(
+            image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
+            crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
+        )  # fmt: skip
+        for name, bound in at_least.items():
+            _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(
+            self.warmup_epochs < self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"less than epochs (={self.epochs})",
+        )
+        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        _require(
+            (self.mean is None) == (self.std is None),
+            "mean and std",
+            (self.mean, self.std),
+            "both or neither",
+        )
+        _require(self.std is None or min(self.std) > 0, "std", self.std, "positive numbers")
+        resize = self.eval_resize
+        _require(
+            resize is None or resize >= self.image_size,
+            "eval_resize",
+            resize,
+            f"at least image_size (={self.image_size})",
+        )
+
+    def create_model(self, num_classes: int) -> RepVGG:
+        """Build the network, in its training form."""
+        return create_model(
+            self.variant,
+            num_classes=num_classes,
+            strides=self.strides,
+            depths=self.depths,
+            width_multiplier=self.width_multiplier,
+            dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
+            remat=self.remat,
+        )
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation, filled in.
+
+        Raises:
+          ValueError: they are not.
+        """
+        if self.mean is None or self.std is None:
+            raise ValueError("mean and std are None: fill them in, with repvgg_jax.data.measure_normalization")
+        return self.mean, self.std
+
+    def save(self, path: Path) -> None:
+        """Write the config as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a config that `save` wrote.
+
+        Raises:
+          ValueError: the file is not JSON, or holds fields that this version does not know.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**values)
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a config of this version of repvgg_jax: {error}") from None
+
+
+def _require(holds: bool, field: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{field} is {found}: expected {expected}")

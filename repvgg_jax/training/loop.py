@@ -1,0 +1,218 @@
+"""The training loop: train, evaluate, checkpoint, and at the end fuse, verify and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+from repvgg_jax.data import ImageDataset, train_iterator
+from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.comparison import Comparison
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.metrics import MetricsLog
+from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from repvgg_jax.training.run_directory import finish, open_data, test_batches
+from repvgg_jax.training.steps import (
+    TrainState,
+    create_mesh,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    shard_batch,
+)
+
+
+class Result(NamedTuple):
+    """What a finished run returns; the same lies in its directory."""
+
+    workdir: Path
+    state: TrainState
+    comparison: Comparison
+    history: list[dict[str, float]]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not finite."""
+
+
+def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> Result:
+    """Train a RepVGG, fuse it, prove the two forms equal, and write a run directory.
+
+    Args:
+      config: e.g. `dataclasses.replace(PRESETS["digits"], epochs=1)`.
+      workdir: the run directory; made if it does not exist. An unfinished run of the same config in it is resumed
+        from its newest checkpoint.
+
+    Returns:
+      The result.
+
+    Raises:
+      ValueError: the config does not fit the data, the devices or the run in `workdir`, or the two forms are not
+        the same function.
+      FileNotFoundError: the data are not there.
+      TrainingDivergedError: the loss became infinite or NaN.
+    """
+    workdir = Path(workdir)
+    mesh = create_mesh()
+    for field in ("batch_size", "eval_batch_size"):
+        if getattr(config, field) % mesh.size:
+            raise ValueError(
+                f"{field} is {getattr(config, field)}: expected a multiple of the {mesh.size} devices, e.g. "
+                f"{math.ceil(getattr(config, field) / mesh.size) * mesh.size}"
+            )
+    config, dataset = open_data(config)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    if not steps_per_epoch:
+        raise ValueError(
+            f"batch_size is {config.batch_size}: expected at most {len(dataset.train)}, the images in the training "
+            f"split of {config.dataset}"
+        )
+    _claim(workdir, config)
+    run = _Run(config, dataset, steps_per_epoch, mesh)
+    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+        state, history = run.train(workdir, checkpoints)
+    comparison = finish(workdir, config, dataset, run.model, state.variables, mesh)
+    return Result(workdir, state, comparison, history)
+
+
+def _claim(workdir: Path, config: TrainConfig) -> None:
+    """Make the run directory, or see that the run in it has the same config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
+        workdir.mkdir(parents=True, exist_ok=True)
+        config.save(path)
+        return
+    earlier = dataclasses.asdict(TrainConfig.load(path))
+    # Where the data lie is no part of the result.
+    differing = [
+        f"{name} was {earlier[name]}, is {value}"
+        for name, value in dataclasses.asdict(config).items()
+        if name != "data_dir" and earlier[name] != value
+    ]
+    if differing:
+        raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differing)}): name a new directory")
+
+
+class _Run:
+    """The pieces of one run that do not change from step to step."""
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, steps_per_epoch: int, mesh: Mesh):
+        self.config, self.dataset, self.steps_per_epoch, self.mesh = config, dataset, steps_per_epoch, mesh
+        self.model = config.create_model(dataset.num_classes)
+        self.optimizer = create_optimizer(config, steps_per_epoch)
+        self.schedule = learning_rate_schedule(config, steps_per_epoch)
+        self.train_step = make_train_step(self.model, self.optimizer, config, mesh)
+        self.eval_step = make_eval_step(self.model, config, mesh)
+
+    def train(self, workdir: Path, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, float]]]:
+        """Train from the newest checkpoint, or from the start, to the last epoch."""
+        config = self.config
+        state = create_state(self.model, self.optimizer, config, self.dataset.channels, self.mesh)
+        iterator = train_iterator(
+            self.dataset.train,
+            batch_size=config.batch_size // jax.process_count(),
+            image_size=config.image_size,
+            channels=self.dataset.channels,
+            seed=config.seed,
+            crop="random_resized" if config.random_resized_crop else "resize",
+            shard=(jax.process_index(), jax.process_count()),
+            num_workers=config.num_workers,
+        )
+        if checkpoints.latest_step is not None:
+            state, data_state = checkpoints.restore(state)
+            iterator.set_state(data_state)
+        done = int(state.step) // self.steps_per_epoch
+        total = config.epochs * self.steps_per_epoch
+        self._introduce(workdir, done)
+        with (
+            MetricsLog(workdir, resume_epoch=done) as log,
+            tqdm(total=total, initial=int(state.step), unit="step", disable=None, dynamic_ncols=True) as bar,
+        ):
+            for epoch in range(done + 1, config.epochs + 1):
+                start = time.perf_counter()
+                state, train_metrics = self._train_epoch(state, iterator, epoch, bar)
+                train_seconds = time.perf_counter() - start
+                test_metrics = self._evaluate(state)
+                line = {
+                    "epoch": epoch,
+                    "step": int(state.step),
+                    "learning_rate": float(self.schedule(int(state.step) - 1)),
+                    **{f"train/{name}": value for name, value in train_metrics.items()},
+                    **{f"test/{name}": value for name, value in test_metrics.items()},
+                    "images_per_second": self.steps_per_epoch * config.batch_size / train_seconds,
+                    "seconds": time.perf_counter() - start,
+                }
+                log.write(line)
+                bar.write(_epoch_line(line, config.epochs))
+                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+                    checkpoints.save(state, iterator.get_state())
+            checkpoints.wait()
+        return state, log.history
+
+    def _introduce(self, workdir: Path, done: int) -> None:
+        devices = f"{self.mesh.size} × {jax.devices()[0].device_kind}"
+        resumed = f", resuming after epoch {done}" if done else ""
+        print(
+            f"{self.config.variant} on {self.config.dataset}: {len(self.dataset.train):,} training and "
+            f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
+            f"of {self.steps_per_epoch} steps on {devices}{resumed}\nrun directory: {workdir}",
+            flush=True,
+        )
+
+    def _train_epoch(
+        self, state: TrainState, iterator: Any, epoch: int, bar: tqdm
+    ) -> tuple[TrainState, dict[str, float]]:
+        metrics = []
+        start = time.perf_counter()
+        # Reading a metric waits for its step; a few times a second is enough to watch.
+        shown = start
+        for number in range(1, self.steps_per_epoch + 1):
+            state, step_metrics = self.train_step(state, shard_batch(next(iterator), self.mesh))
+            metrics.append(step_metrics)
+            bar.update()
+            now = time.perf_counter()
+            if now - shown > 0.5 or number == self.steps_per_epoch:
+                values = {name: float(value) for name, value in step_metrics.items()}
+                if not math.isfinite(values["loss"]):
+                    raise TrainingDivergedError(
+                        f"the loss is {values['loss']} at epoch {epoch}, step {number}: lower learning_rate "
+                        f"(={self.config.learning_rate}) or raise warmup_epochs (={self.config.warmup_epochs}); the "
+                        "checkpoints before are whole"
+                    )
+                shown = time.perf_counter()
+                bar.set_postfix(
+                    epoch=epoch,
+                    loss=f"{values['loss']:.3f}",
+                    accuracy=f"{values['accuracy']:.3f}",
+                    images_per_s=f"{number * self.config.batch_size / (shown - start):.0f}",
+                    refresh=False,
+                )
+        return state, {name: float(np.mean([m[name] for m in jax.device_get(metrics)])) for name in metrics[0]}
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        results = [
+            self.eval_step(state.variables, shard_batch(batch, self.mesh))
+            for batch in test_batches(self.config, self.dataset)
+        ]
+        loss, correct, count = (sum(float(r[name]) for r in results) for name in ("loss", "correct", "count"))
+        return {"loss": loss / count, "accuracy": correct / count}
+
+
+def _epoch_line(line: dict[str, float], epochs: int) -> str:
+    return (
+        f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  "
+        f"train loss {line['train/loss']:.4f} accuracy {100 * line['train/accuracy']:.2f} %  "
+        f"test loss {line['test/loss']:.4f} accuracy {100 * line['test/accuracy']:.2f} %  "
+        f"{line['images_per_second']:,.0f} images/s"
+    )

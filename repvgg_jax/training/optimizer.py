@@ -1,0 +1,57 @@
+"""SGD with the learning-rate schedule and the weight-decay mask of the official implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from repvgg_jax.training.config import TrainConfig
+
+
+def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to 0 at the last step.
+
+    Args:
+      config: gives the peak rate, the warm-up and the epochs.
+      steps_per_epoch: training steps in an epoch.
+
+    Returns:
+      A function from the step (counted from 0) to the learning rate.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    cosine = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
+    if not warmup:
+        return cosine
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), cosine], [warmup])
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """Which parameters decay: kernels, and the scale of the identity branch's norm.
+
+    Biases do not, and neither do the scales of the norms behind a convolution, which the convolution's own kernel
+    can undo; the identity branch has no kernel, its scale is its weight (official repository, `train.py`).
+
+    Args:
+      params: the tree of parameters.
+
+    Returns:
+      A tree of booleans of the same structure.
+    """
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [entry.key for entry in path]
+        return names[-1] == "kernel" or names[-2:] == ["branch_identity", "scale"]
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch."""
+    schedule = learning_rate_schedule(config, steps_per_epoch)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
+        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
+    )

@@ -1,0 +1,76 @@
+"""`report.md` of a run, with its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from tabulate import tabulate
+
+from repvgg_jax.training.comparison import Comparison
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
+
+
+def write_report(
+    workdir: Path,
+    config: TrainConfig,
+    history: Sequence[dict[str, float]],
+    comparison: Comparison,
+    class_names: Sequence[str],
+) -> Path:
+    """Write `report.md`, `curves.png`, `confusion.png` and `differences.png` into a run directory.
+
+    Args:
+      workdir: the run directory.
+      config: of the run.
+      history: the lines of `metrics.jsonl`.
+      comparison: of the two forms.
+      class_names: one for each class.
+
+    Returns:
+      The path of the report.
+    """
+    draw_curves(workdir / "curves.png", history)
+    draw_confusion(workdir / "confusion.png", comparison.labels, comparison.predictions, class_names)
+    draw_differences(workdir / "differences.png", comparison.differences, comparison.agreement.max_reference)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    device = jax.devices()[0]
+    settings = [
+        (name, value) for name, value in dataclasses.asdict(config).items() if value is not None and name != "data_dir"
+    ]
+    seconds = sum(line["seconds"] for line in history)
+    text = f"""# {config.variant} on {config.dataset}
+
+Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.epochs} epochs
+({seconds:,.0f} s of training and evaluation, without compilation) on {jax.device_count()} × {device.device_kind}.
+
+## Training form and deploy form
+
+{comparison.table("github")}
+
+Both forms saw the whole test split in float32. The deploy form is what `deploy.safetensors` holds.
+
+![distribution of the logit differences](differences.png)
+
+## Training
+
+![loss and accuracy](curves.png)
+
+## Confusion matrix of the deploy form
+
+![confusion matrix](confusion.png)
+
+## Settings
+
+{tabulate(settings, ("field", "value"), tablefmt="github", disable_numparse=True)}
+
+{versions}, Python {platform.python_version()}
+"""
+    path = workdir / "report.md"
+    path.write_text(text, encoding="utf-8")
+    return path

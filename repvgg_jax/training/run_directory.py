@@ -1,0 +1,138 @@
+"""A run on disk: open its data, restore its training form, fuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
+from repvgg_jax.interop.safetensors import Preprocess, save_deploy
+from repvgg_jax.models import RepVGG
+from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.comparison import Comparison, fuse_and_compare
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.report import write_report
+from repvgg_jax.training.steps import TrainState, create_mesh, create_state
+
+
+def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
+    """Open a config's data set and fill in the normalisation, measured where the config does not state it.
+
+    Raises:
+      ValueError, FileNotFoundError: the data set is not there or not usable, or `mean` does not fit its channels.
+    """
+    dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+    if config.mean is None:
+        mean, std = measure_normalization(dataset.train, image_size=config.image_size, channels=dataset.channels)
+        config = dataclasses.replace(config, mean=mean, std=std)
+    mean, std = config.normalization
+    if not len(mean) == len(std) == dataset.channels:
+        raise ValueError(
+            f"mean is {mean} and std {std}: expected {dataset.channels} values each, one for each "
+            f"channel of {config.dataset}"
+        )
+    return config, dataset
+
+
+def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
+    """A fresh pass over this process's share of the test split."""
+    return eval_batches(
+        dataset.test,
+        batch_size=config.eval_batch_size // jax.process_count(),
+        image_size=config.image_size,
+        channels=dataset.channels,
+        eval_resize=config.eval_resize,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+
+
+def finish(
+    workdir: Path,
+    config: TrainConfig,
+    dataset: ImageDataset,
+    model: RepVGG,
+    variables: dict[str, Any],
+    mesh: Mesh,
+    *,
+    check_only: bool = False,
+) -> Comparison:
+    """Fuse a trained network, compare its two forms, print the table; write `deploy.safetensors` and the report.
+
+    Args:
+      workdir: the run directory.
+      config: of the run, normalisation filled in.
+      dataset: of the run.
+      model: in its training form.
+      variables: of the training form.
+      mesh: of the run.
+      check_only: write nothing.
+
+    Returns:
+      The comparison.
+
+    Raises:
+      ValueError: the forms are not the same function; nothing is written.
+    """
+    deploy_model, deploy_variables, comparison = fuse_and_compare(
+        model, variables, lambda: test_batches(config, dataset), config, mesh
+    )
+    print(comparison.table(), flush=True)
+    comparison.check()
+    if check_only or jax.process_index():
+        return comparison
+    mean, std = config.normalization
+    preprocess = Preprocess(
+        image_size=config.image_size,
+        channels=dataset.channels,
+        mean=mean,
+        std=std,
+        eval_resize=config.eval_resize,
+        class_names=dataset.class_names,
+    )
+    save_deploy(workdir / "deploy.safetensors", config.variant, deploy_model, deploy_variables, preprocess)
+    write_report(workdir, config, read_metrics(workdir), comparison, dataset.class_names)
+    return comparison
+
+
+def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = False) -> Comparison:
+    """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it.
+
+    Args:
+      workdir: a directory that `train.py` wrote.
+      data_dir: where the data set lies now, if it has moved.
+      check_only: verify without writing.
+
+    Returns:
+      The comparison.
+
+    Raises:
+      FileNotFoundError: the directory is not a run, or holds no checkpoint.
+      ValueError: the forms are not the same function, or the run cannot be read.
+    """
+    if not (workdir / "config.json").is_file():
+        raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
+    config = TrainConfig.load(workdir / "config.json")
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=data_dir)
+    if not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
+    config, dataset = open_data(config)
+    mesh = create_mesh()
+    model = config.create_model(dataset.num_classes)
+    with Checkpoints(workdir) as checkpoints:
+        state, _ = checkpoints.restore(abstract_state(model, config, dataset.channels, mesh))
+    return finish(workdir, config, dataset, model, state.variables, mesh, check_only=check_only)
+
+
+def abstract_state(model: RepVGG, config: TrainConfig, channels: int, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of a run's train state, computing nothing."""
+    optimizer = create_optimizer(config, steps_per_epoch=1)
+    shapes = jax.eval_shape(lambda: create_state(model, optimizer, config, channels, mesh))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)

@@ -1,0 +1,142 @@
+"""The jitted training and evaluation steps over a mesh of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.data import normalize, random_crop, random_flip
+from repvgg_jax.models import RepVGG
+from repvgg_jax.training.config import TrainConfig
+
+Batch = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; replicated over the mesh."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` and `fuse` take."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh, axis 'data', over all devices of all processes (or those given)."""
+    return Mesh(np.asarray(devices or jax.devices()), ("data",))
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Put this process's rows of a batch on its devices; the result is the global batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def create_state(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
+) -> TrainState:
+    """Initialise parameters, statistics and optimizer from the config's seed, replicated over the mesh."""
+
+    def init(key: jax.Array) -> TrainState:
+        images = jnp.zeros((1, config.image_size, config.image_size, channels))
+        variables = model.init(key, images, train=False)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(jax.random.key(config.seed))
+
+
+def make_train_step(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Build the jitted training step.
+
+    Crop, flip and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
+
+    Args:
+      model: in its training form.
+      optimizer: from `create_optimizer`.
+      config: with `mean` and `std` filled in.
+      mesh: from `create_mesh`; its size must divide the batch.
+
+    Returns:
+      `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
+      {'loss', 'accuracy'})`. The old state is donated: do not use it again.
+    """
+    mean, std = config.normalization
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        crop_key, flip_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        images = batch["image"]
+        if config.crop_padding:
+            images = random_crop(crop_key, images, padding=config.crop_padding)
+        if config.flip:
+            images = random_flip(flip_key, images)
+        images = normalize(images, mean, std)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), config.label_smoothing)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            output, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            logits, auxiliary = output if isinstance(output, tuple) else (output, {})
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            for head in auxiliary.values():
+                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, targets).mean()
+            return loss, (logits, updates["batch_stats"])
+
+        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == batch["label"]).mean()}
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)
+
+
+def make_eval_step(model: RepVGG, config: TrainConfig, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Build the jitted evaluation step of either form.
+
+    Args:
+      model: in the form of the variables it will be given.
+      config: with `mean` and `std` filled in.
+      mesh: from `create_mesh`; its size must divide the batch.
+
+    Returns:
+      `step(variables, {'image', 'label', 'mask'}) -> {'logits' (batch, classes), 'label', 'mask', 'loss' (sum),
+      'correct', 'count'}` of the global batch, replicated; rows whose mask is False count in no sum.
+    """
+    mean, std = config.normalization
+
+    def step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        logits: Any = model.apply(variables, normalize(batch["image"], mean, std), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (logits.argmax(-1) == batch["label"]) & batch["mask"]
+        return {
+            "logits": logits,
+            "label": batch["label"],
+            "mask": batch["mask"],
+            "loss": jnp.where(batch["mask"], losses, 0).sum(),
+            "correct": correct.sum(),
+            "count": batch["mask"].sum(),
+        }
+
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)

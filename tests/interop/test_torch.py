@@ -1,0 +1,160 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import VARIANTS, create_model, fuse_model
+from repvgg_jax.interop.torch import from_state_dict, to_state_dict
+from tests.golden.official import GOLDEN_NAMES, draw_images, draw_tensor, logits, state_dict_shapes
+from tests.random_variables import random_variables
+
+
+def shapes_of(state_dict):
+    return {key: list(value.shape) for key, value in state_dict.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "deploy", "golden"),
+    [
+        ("repvgg_a0", "official", False, "official/RepVGG-A0"),
+        ("repvgg_a0", "official", True, "official-fused/RepVGG-A0"),
+        ("repvgg_a0", "timm", False, "timm/repvgg_a0"),
+        ("repvgg_a0", "timm", True, "timm-fused/repvgg_a0"),
+        ("repvgg_b1g4", "official", False, "official/RepVGG-B1g4"),
+        ("repvgg_b1g4", "timm", False, "timm/repvgg_b1g4"),
+        ("repvgg_d2se", "official", False, "official/RepVGG-D2se"),
+        ("repvgg_d2se", "timm", False, "timm/repvgg_d2se"),
+        ("repvggplus_l2pse", "official", False, "official/RepVGGplus-L2pse"),
+    ],
+)
+def test_state_dicts_have_the_keys_and_shapes_of_the_other_side(name, layout, deploy, golden):
+    model = create_model(name, deploy=deploy)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    assert shapes_of(to_state_dict(model, hollow, layout)) == state_dict_shapes(golden)
+
+
+def official_state_dict(model):
+    template = random_shapes(model)
+    keys = to_state_dict(model, template, "official")
+    return {key: draw_tensor(key, value.shape) for key, value in keys.items() if "num_batches" not in key}
+
+
+def random_shapes(model):
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+
+
+def relative_error(expected, found):
+    return float(np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max())
+
+
+QUICK = ["repvgg_a0", "repvgg_b1g4"]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+def test_logits_equal_the_official_ones_in_both_forms_at_even_and_odd_size(name):
+    golden = GOLDEN_NAMES[name]
+    model = create_model(name, param_dtype=jnp.float64)
+    state_dict = official_state_dict(model)
+    forms = [(model, from_state_dict(model, state_dict))]
+    forms.append(fuse_model(*forms[0]))
+    narrow = [(form.clone(param_dtype=jnp.float32), to_float32(variables)) for form, variables in forms]
+    for size in (64, 65):
+        images = jnp.asarray(draw_images(size))
+        expected = {"logits": logits(golden, size)}
+        if model.auxiliary_heads:
+            heads = ("stage1_aux", "stage2_aux", "stage3_first_aux")
+            expected |= {head: logits(golden, size, head) for head in heads}
+        for form, variables in forms:
+            ends = run(form, variables, images)
+            assert form.deploy or set(expected) <= set(ends)
+            for end in expected.keys() & ends.keys():
+                assert relative_error(expected[end], ends[end]) < 1e-10, (end, size, form.deploy)
+        for form, variables in narrow:
+            found = run(form, variables, images.astype(jnp.float32))["logits"]
+            assert found.dtype == np.float32
+            assert relative_error(expected["logits"], found) < 2e-5, (size, form.deploy)
+        flipped = run(*forms[1], images[:, ::-1])["logits"]
+        assert relative_error(expected["logits"], flipped) > 1e-3
+
+
+def run(form, variables, images):
+    return jax.jit(lambda v, x: form.apply(v, x, train=False, features=True))(variables, images)
+
+
+def to_float32(variables):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
+
+
+@pytest.mark.usefixtures("float64")
+def test_ten_classes_have_the_official_logits_too():
+    model = create_model("repvgg_a0", num_classes=10, param_dtype=jnp.float64)
+    variables = from_state_dict(model, official_state_dict(model))
+    found = run(model, variables, jnp.asarray(draw_images(64)))["logits"]
+    assert relative_error(logits("RepVGG-A0-10", 64), found) < 1e-10
+
+
+def small(name="repvgg_a0", **fields):
+    return create_model(name, depths=(1, 2, 2, 1), width_multiplier=(0.25,) * 4, num_classes=5, **fields)
+
+
+@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("repvgg_a0", "official"),
+        ("repvgg_a0", "timm"),
+        ("repvgg_d2se", "timm"),
+        ("repvggplus_l2pse", "official"),
+    ],
+)
+def test_the_round_trip_is_exact_to_the_bit(name, layout, deploy):
+    model = small(name, deploy=deploy)
+    variables = random_variables(model, dtype=np.float32)
+    state_dict = to_state_dict(model, variables, layout)
+    back = from_state_dict(model, {f"module.{key}": value for key, value in state_dict.items()})
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_gray_images_are_recognised_by_the_stem():
+    model = small()
+    variables = random_variables(model, (1, 16, 16, 1), np.float32)
+    back = from_state_dict(model, to_state_dict(model, variables))
+    assert back["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape == (3, 3, 1, 16)
+
+
+def test_every_missing_unexpected_and_misshaped_key_is_named_in_one_error():
+    model = small()
+    state_dict = to_state_dict(model, random_variables(model, dtype=np.float32))
+    del state_dict["stage2.1.rbr_identity.weight"]
+    state_dict["stage9.weight"] = np.ones(3)
+    state_dict["linear.weight"] = np.ones((1000, 128))
+    with pytest.raises(ValueError) as error:
+        from_state_dict(model, state_dict)
+    message = str(error.value)
+    assert "missing stage2.1.rbr_identity.weight (32,)" in message
+    assert "unexpected stage9.weight (3,)" in message
+    assert "linear.weight has shape (1000, 128), expected (5, 128)" in message
+    assert "check the variant, num_classes and deploy" in message
+
+
+def test_a_fused_state_dict_for_a_training_form_is_refused():
+    deploy = small(deploy=True)
+    state_dict = to_state_dict(deploy, random_variables(deploy, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"(?s)training form.*unexpected stage0.rbr_reparam.weight"):
+        from_state_dict(small(), state_dict)
+
+
+def test_layouts_that_do_not_exist_are_refused():
+    plus = small("repvggplus_l2pse")
+    variables = random_variables(plus, dtype=np.float32)
+    with pytest.raises(ValueError, match="timm has no RepVGGplus"):
+        to_state_dict(plus, variables, "timm")
+    with pytest.raises(ValueError, match="unknown layout 'keras'"):
+        to_state_dict(plus, variables, "keras")

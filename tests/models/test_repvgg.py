@@ -1,0 +1,119 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from tests.random_variables import random_images, random_variables
+
+SHAPE = (4, 16, 16, 3)
+
+
+def small(name="repvgg_a0", **fields):
+    settings = dict(depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5)
+    return create_model(name, **{**settings, **fields})
+
+
+def test_the_tree_has_the_documented_names():
+    variables = random_variables(small(), dtype=np.float32)
+    params, stats = variables["params"], variables["batch_stats"]
+    assert params["stem"]["branch_3x3"]["conv"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["stage1_block1"]["branch_1x1"]["bn"]["scale"].shape == (16,)
+    assert stats["stage2_block2"]["branch_identity"]["mean"].shape == (32,)
+    assert params["head"]["kernel"].shape == (128, 5)
+    assert "branch_identity" not in params["stem"]
+    assert "branch_identity" not in params["stage2_block1"]
+
+
+def test_features_returns_the_endpoints_in_order_and_the_same_logits():
+    model, images = small(), random_images(SHAPE, np.float32)
+    variables = random_variables(model, dtype=np.float32)
+    ends = model.apply(variables, images, train=False, features=True)
+    assert list(ends) == ["stem", "stage1", "stage2", "stage3", "stage4", "pooled", "logits"]
+    assert [end.shape[1:] for end in ends.values()] == [
+        (8, 8, 16), (4, 4, 16), (2, 2, 32), (1, 1, 64), (1, 1, 128), (128,), (5,),
+    ]  # fmt: skip
+    chex.assert_trees_all_equal(ends["logits"], model.apply(variables, images, train=False))
+
+
+def test_train_is_keyword_only_and_has_no_default():
+    model, images = small(), random_images(SHAPE, np.float32)
+    variables = random_variables(model, dtype=np.float32)
+    with pytest.raises(TypeError, match="train"):
+        model.apply(variables, images)
+    with pytest.raises(TypeError, match="positional"):
+        model.apply(variables, images, True)
+
+
+@pytest.mark.usefixtures("float64")
+def test_training_updates_running_statistics_with_pytorchs_momentum():
+    model, images = small(param_dtype=jnp.float64), random_images(SHAPE) * 2 + 1
+    variables = random_variables(model)
+    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    kernel = variables["params"]["stem"]["branch_1x1"]["conv"]["kernel"][0, 0]
+    y = images[:, ::2, ::2] @ kernel
+    old = variables["batch_stats"]["stem"]["branch_1x1"]["bn"]
+    new = updates["batch_stats"]["stem"]["branch_1x1"]["bn"]
+    chex.assert_trees_all_close(new["mean"], 0.9 * old["mean"] + 0.1 * y.mean((0, 1, 2)), rtol=1e-12)
+    chex.assert_trees_all_close(new["var"], 0.9 * old["var"] + 0.1 * y.var((0, 1, 2)), rtol=1e-12)
+
+
+def test_training_normalises_by_the_batch_and_evaluation_does_not():
+    model, images = small(), random_images(SHAPE, np.float32)
+    variables = random_variables(model, dtype=np.float32)
+    train, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert not np.allclose(train, model.apply(variables, images, train=False), rtol=1e-2)
+    alone = model.apply(variables, images[:1], train=False)
+    chex.assert_trees_all_close(alone, model.apply(variables, images, train=False)[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_parameters_statistics_and_logits_in_float32():
+    with jax.enable_x64(False):
+        model, images = small(dtype=jnp.bfloat16), random_images(SHAPE, np.float32)
+        variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+        ends, updates = model.apply(variables, images, train=True, features=True, mutable=["batch_stats"])
+        assert ends["stage3"].dtype == jnp.bfloat16
+        assert ends["logits"].dtype == ends["pooled"].dtype == np.float32
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype(np.float32)}
+        full = small().apply(variables, images, train=True, features=True, mutable=["batch_stats"])[0]
+        np.testing.assert_allclose(ends["stem"].astype(np.float32), full["stem"], atol=0.1)
+
+
+def test_repvggplus_returns_auxiliary_logits_in_training_alone():
+    model, images = small("repvggplus_l2pse"), random_images(SHAPE, np.float32)
+    variables = random_variables(model, dtype=np.float32)
+    (logits, auxiliary), _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert logits.shape == (4, 5)
+    assert {name: head.shape for name, head in auxiliary.items()} == {
+        "stage1_aux": (4, 5), "stage2_aux": (4, 5), "stage3_first_aux": (4, 5),
+    }  # fmt: skip
+    assert model.apply(variables, images, train=False).shape == (4, 5)
+
+
+def test_remat_changes_neither_tree_nor_gradients():
+    images = random_images(SHAPE, np.float32)
+    variables = random_variables(small(), dtype=np.float32)
+
+    def gradients(model):
+        def loss(params):
+            logits, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return jnp.sum(logits**2)
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    chex.assert_trees_all_close(gradients(small(remat=True)), gradients(small()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 8, 8), np.float32), np.zeros((1, 8, 8, 3), np.uint8)])
+def test_images_of_another_rank_or_dtype_are_refused(images):
+    with pytest.raises(ValueError, match=r"images are .*expected floating point \(batch, height, width, channels\)"):
+        small().init(jax.random.key(0), jnp.asarray(images), train=False)
+
+
+def test_any_image_size_and_channel_count_works():
+    for shape in [(1, 1, 1, 3), (2, 7, 19, 1)]:
+        model = small()
+        variables = random_variables(model, shape, np.float32)
+        assert model.apply(variables, random_images(shape, np.float32), train=False).shape == (shape[0], 5)

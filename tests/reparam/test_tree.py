@@ -1,0 +1,242 @@
+"""The contract of `fuse`, point by point."""
+
+import chex
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model, fuse, fuse_model
+from tests.random_variables import random_images, random_variables
+
+SHAPE = (2, 16, 16, 3)
+
+
+def small(name="repvgg_a0", **fields):
+    settings = dict(depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5)
+    return create_model(name, **{**settings, **fields})
+
+
+def init_shapes(model):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(SHAPE), train=False))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
+def test_the_fused_tree_is_the_deploy_forms_to_the_key(name):
+    model = small(name)
+    fused = fuse(random_variables(model, dtype=np.float32))
+    chex.assert_trees_all_equal_shapes_and_dtypes(fused, init_shapes(model.clone(deploy=True)))
+
+
+def test_a_block_becomes_kernel_and_bias_beside_its_untouched_siblings():
+    variables = random_variables(small("repvgg_d2se"), dtype=np.float32)
+    fused = fuse(variables)
+    assert set(fused["params"]["stage2_block2"]) == {"reparam", "se"}
+    assert set(fused["params"]["stage2_block2"]["reparam"]) == {"kernel", "bias"}
+    for path in (("stage2_block2", "se", "up", "kernel"), ("head", "kernel")):
+        before, after = variables["params"], fused["params"]
+        for key in path:
+            before, after = before[key], after[key]
+        assert after is before
+
+
+@pytest.mark.usefixtures("float64")
+def test_eager_jit_and_vmap_over_stacked_variables_agree():
+    model = small()
+    singles = [random_variables(model, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
+    eager = [fuse(variables) for variables in singles]
+    chex.assert_trees_all_close(jax.jit(fuse)(singles[0]), eager[0], rtol=1e-12, atol=1e-14)
+    vmapped = jax.vmap(fuse)(stacked)
+    for index, expected in enumerate(eager):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=index: leaf[i], vmapped), expected, rtol=1e-12, atol=1e-14
+        )
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_through_fuse_are_finite_and_those_of_the_training_form():
+    model = small()
+    variables, images = random_variables(model), random_images(SHAPE)
+    deploy = model.clone(deploy=True)
+
+    def through_fuse(params):
+        return jnp.sum(deploy.apply(fuse({**variables, "params": params}), images, train=False) ** 2)
+
+    def direct(params):
+        return jnp.sum(model.apply({**variables, "params": params}, images, train=False) ** 2)
+
+    found, expected = jax.grad(through_fuse)(variables["params"]), jax.grad(direct)(variables["params"])
+    chex.assert_tree_all_finite(found)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12 * scale)
+
+
+def test_eval_shape_sees_what_fuse_returns():
+    variables = random_variables(small(), dtype=np.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(fuse, variables), fuse(variables))
+
+
+def test_dict_in_gives_dict_out_and_frozen_dict_in_gives_frozen_dict_out():
+    variables = random_variables(small(), dtype=np.float32)
+    assert type(fuse(variables)) is dict
+    assert type(fuse(variables)["params"]) is dict
+    frozen = fuse(flax.core.freeze(variables))
+    assert isinstance(frozen, flax.core.FrozenDict)
+    chex.assert_trees_all_equal(flax.core.unfreeze(frozen), fuse(variables))
+
+
+def test_the_input_is_not_changed():
+    variables = random_variables(small(), dtype=np.float32)
+    before = jax.tree.map(np.array, variables)
+    fuse(variables)
+    chex.assert_trees_all_equal(variables, before)
+
+
+def test_concrete_arrays_are_folded_in_float64_and_rounded_once():
+    with jax.enable_x64(True):
+        variables64 = random_variables(small())
+        exact = jax.tree.map(np.asarray, fuse(variables64))
+    with jax.enable_x64(False):
+        # float32 values lifted to float64 lose nothing, so only the last rounding separates the two.
+        variables32 = jax.tree.map(lambda leaf: jnp.asarray(np.float32(leaf)), variables64)
+        folded = fuse(variables32)
+        under_jit = jax.jit(fuse)(variables32)
+    with jax.enable_x64(True):
+        lifted = jax.tree.map(lambda leaf: jnp.asarray(np.float64(leaf)), jax.tree.map(np.asarray, variables32))
+        truth = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), fuse(lifted))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, folded), truth)
+    chex.assert_trees_all_close(folded, exact, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(under_jit, truth)
+
+
+def test_bfloat16_parameters_fold_in_float32_and_come_back_as_bfloat16():
+    model = small(param_dtype=jnp.bfloat16)
+    variables = random_variables(model, dtype=np.float32)
+    low = {
+        "params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"]),
+        "batch_stats": variables["batch_stats"],
+    }
+    lifted = {**low, "params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low["params"])}
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), fuse(lifted))
+    for found in (fuse(low), jax.jit(fuse)(low)):
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, init_shapes(model.clone(deploy=True)))
+        # one unit in the last place of bfloat16, where the float32 and the float64 fold round apart
+        chex.assert_trees_all_close(
+            jax.tree.map(np.float32, found), jax.tree.map(np.float32, expected), rtol=2**-7, atol=1e-6
+        )
+
+
+def test_other_collections_and_foreign_statistics_are_kept_and_an_emptied_batch_stats_goes():
+    variables = random_variables(small(), dtype=np.float32)
+    assert "batch_stats" not in fuse(variables)
+    foreign = {"neck": {"bn": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
+    fused = fuse({**variables, "batch_stats": {**variables["batch_stats"], **foreign}, "counters": {"n": jnp.ones(())}})
+    chex.assert_trees_all_equal(fused["batch_stats"], foreign)
+    assert set(fused) == {"params", "batch_stats", "counters"}
+
+
+class Detector(nn.Module):
+    """RepVGG as one component beside layers with batch norms of their own."""
+
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, images):
+        ends = small(deploy=self.deploy).clone(name="backbone", parent=self)(images, train=False, features=True)
+        x = nn.Conv(8, (3, 3), name="neck")(ends["stage3"])
+        x = nn.BatchNorm(use_running_average=True, name="neck_norm")(x)
+        return nn.Dense(4, name="boxes")(nn.relu(x).mean((1, 2)))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_model_with_repvgg_inside_keeps_the_rest_untouched_and_its_output():
+    images = random_images(SHAPE)
+    shapes = jax.eval_shape(lambda: Detector().init(jax.random.key(0), images))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 0.9, leaf.shape)), shapes)
+    fused = fuse(variables)
+    for collection, name in [("params", "neck"), ("params", "neck_norm"), ("params", "boxes")]:
+        chex.assert_trees_all_equal(fused[collection][name], variables[collection][name])
+    assert set(fused["batch_stats"]) == {"neck_norm"}
+    chex.assert_trees_all_close(
+        Detector(deploy=True).apply(fused, images), Detector().apply(variables, images), rtol=1e-12
+    )
+
+
+def test_epsilon_is_read_from_the_model():
+    with jax.enable_x64(True):
+        model = small(epsilon=1e-2)
+        variables, images = random_variables(model), random_images(SHAPE)
+        expected = model.apply(variables, images, train=False)
+        deploy_model, deploy_variables = fuse_model(model, variables)
+        chex.assert_trees_all_close(
+            deploy_model.apply(deploy_variables, images, train=False), expected, rtol=1e-12, atol=1e-13
+        )
+        with pytest.raises(AssertionError):
+            forgotten = deploy_model.apply(fuse(variables), images, train=False)
+            chex.assert_trees_all_close(forgotten, expected, rtol=1e-5)
+
+
+def test_sharding_over_devices_survives():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    variables = jax.device_put(random_variables(small(), dtype=np.float32), replicated)
+    assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(fuse(variables)))
+
+
+def block(params=None, stats=None):
+    """Variables with one sound block, after changes."""
+    variables = random_variables(small(), dtype=np.float32)
+    variables["params"]["stage1_block1"].update(params or {})
+    variables["batch_stats"]["stage1_block1"].update(stats or {})
+    return variables
+
+
+def branch_stats(**leaves):
+    leaves = {"mean": jnp.zeros(16), "var": jnp.ones(16), **leaves}
+    return {"branch_3x3": {"bn": {key: value for key, value in leaves.items() if value is not None}}}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"params": {"head": {"kernel": jnp.ones((2, 2))}}}, r"no block to fuse.*head/kernel.*branch_rule"),
+        ({"stem": {}}, r"mapping with the key 'params'.*found \['stem'\]"),
+        ([1, 2], "found list"),
+        (lambda: fuse(block()), r"fused already.*stage1_block1.*deploy=True"),
+        (lambda: block(stats=branch_stats(mean=jnp.full(16, jnp.nan))),
+         r"stage1_block1: branch_3x3/bn/mean holds 16 values that are not finite.*earlier checkpoint"),
+        (lambda: block(stats=branch_stats(var=jnp.full(16, -0.5))),
+         r"stage1_block1: branch_3x3/bn/var holds negative variances \(smallest -0.5\)"),
+        (lambda: block(stats=branch_stats(var=None)), r"stage1_block1: batch_stats of branch_3x3 lack var"),
+        (lambda: block(stats=branch_stats(mean=jnp.zeros(3))),
+         r"stage1_block1: branch_3x3: mean has shape \(3,\), expected \(16,\)"),
+        (lambda: block({"branch_3x3": {"conv": {"kernel": jnp.ones((7, 3, 3, 16, 16))}, "bn": {}}}),
+         r"stage1_block1: branch_3x3/conv/kernel has shape \(7, 3, 3, 16, 16\), expected rank 4.*jax.vmap\(fuse\)"),
+        (lambda: block({"branch_3x3": {"conv": {"kernel": jnp.ones((4, 4, 16, 16))}, "bn": {}}}),
+         r"stage1_block1: cannot pad a 1x1 kernel to 4x4"),
+        (lambda: block({"branch_1x1": {"conv": {"kernel": jnp.ones((1, 1, 8, 16))}, "bn": {}}}),
+         r"stage1_block1: the kernels of the branches are .*expected the same in/groups"),
+        (lambda: block(stats={"branch_identity": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}),
+         r"stage1_block1: branch_identity normalises 4 channels beside a kernel \(3, 3, 16, 16\)"),
+        (lambda: block({"branch_3x3": {"conv": {"kernel": nn.Partitioned(jnp.ones((3, 3, 16, 16)), (None,) * 4)}}}),
+         r"params\['stage1_block1'\]\['branch_3x3'\].*is a Partitioned.*unbox"),
+    ],
+    ids=["no_block", "params_alone", "not_a_mapping", "fused_already", "not_finite", "negative_variance",
+         "statistics_missing", "wrong_length", "scanned", "even_kernel", "channels_differ", "identity_channels",
+         "boxed"],
+)  # fmt: skip
+def test_what_cannot_be_fused_is_refused_with_path_finding_and_remedy(variables, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        fuse(variables() if callable(variables) else variables)
+
+
+def test_every_broken_block_is_named_in_one_error():
+    variables = block(stats=branch_stats(var=jnp.full(16, -1.0)))
+    variables["batch_stats"]["stage2_block1"]["branch_1x1"]["bn"]["mean"] = jnp.full(32, jnp.inf)
+    with pytest.raises(ValueError, match=r"(?s)stage1_block1: .*stage2_block1: "):
+        fuse(variables)

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from repvgg_jax.reparam import EquivalenceError, agreement, assert_equivalent, first_divergence
+
+
+def logits():
+    return np.random.default_rng(0).normal(size=(6, 4))
+
+
+def test_equal_logits_agree_exactly():
+    found = assert_equivalent(logits(), logits(), rtol=0)
+    assert (found.max_difference, found.relative, found.predictions_changed, found.count) == (0, 0, 0, 6)
+
+
+def test_a_difference_beyond_the_tolerance_is_refused_with_its_figures():
+    other = logits()
+    other[2, 1] += 1e-3
+    assert agreement(logits(), other).max_difference == pytest.approx(1e-3)
+    assert_equivalent(logits(), other, rtol=1e-2)
+    with pytest.raises(EquivalenceError, match=r"largest logit difference 0.001 .*allowed 1e-05.*0 of 6"):
+        assert_equivalent(logits(), other, rtol=1e-5)
+
+
+def test_one_changed_prediction_is_refused_however_small_the_difference():
+    reference = np.array([[1.0, 1.0 + 1e-9], [3.0, 0.0]])
+    candidate = np.array([[1.0 + 2e-9, 1.0], [3.0, 0.0]])
+    with pytest.raises(EquivalenceError, match="1 of 2 predictions changed"):
+        assert_equivalent(reference, candidate, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_never_agree(value):
+    broken = logits()
+    broken[0, 0] = value
+    with pytest.raises(EquivalenceError):
+        assert_equivalent(broken, broken, rtol=1.0)
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"\(6, 4\) and \(6, 3\)"):
+        agreement(logits(), logits()[:, :3])
+    with pytest.raises(ValueError, match="at least one row"):
+        agreement(np.ones((0, 3)), np.ones((0, 3)))
+
+
+def test_the_first_endpoint_that_differs_is_named():
+    ends = {"stem": logits(), "stage1": logits() + 1, "logits": logits() - 1}
+    other = {**ends, "stage1": ends["stage1"] * 1.01, "logits": ends["logits"] * 2}
+    assert first_divergence(ends, ends, rtol=1e-12) is None
+    assert first_divergence(ends, other, rtol=1e-5) == "stage1"
+    assert first_divergence(ends, {"logits": other["logits"]}, rtol=1e-5) == "logits"
