@@ -135,7 +135,8 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
         epsilon=fields["epsilon"],
     )
     values: dict[str, Any] = {field.name: fields[field.name] for field in dataclasses.fields(Preprocess)}
-    preprocess = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    preprocess = Preprocess(**values)
     images = jnp.zeros((1, preprocess.image_size, preprocess.image_size, preprocess.channels))
     template = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
     paths, structure = jax.tree_util.tree_flatten_with_path(template)

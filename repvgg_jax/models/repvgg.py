@@ -125,14 +125,14 @@ class RepVGG(nn.Module):
             run = nn.remat(run)
 
         ends: dict[str, jax.Array] = {}
-        x = run(block(self.widths[0], stride=self.strides[0], name="stem"), images)
+        x = run(block(features=self.widths[0], stride=self.strides[0], name="stem"), images)
         ends["stem"] = x
         index = 0
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:], strict=True), start=1):
             for number in range(1, depth + 1):
                 index += 1
                 module = block(
-                    width,
+                    features=width,
                     stride=self.strides[stage] if number == 1 else 1,
                     groups=self.groups if index % 2 == 0 else 1,
                     name=f"stage{stage}_block{number}",

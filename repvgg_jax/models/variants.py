@@ -102,9 +102,9 @@ def create_model(
     """
     variant = VARIANTS[canonical_name(name)]
     if width_multiplier is not None:
-        variant = variant._replace(width_multiplier=tuple(width_multiplier))
+        variant = variant._replace(width_multiplier=tuple(width_multiplier))  # type: ignore[arg-type]
     if depths is not None:
-        variant = variant._replace(depths=tuple(depths))
+        variant = variant._replace(depths=tuple(depths))  # type: ignore[arg-type]
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}: expected at least 1")
     if len(strides) != 5 or any(stride not in (1, 2) for stride in strides):

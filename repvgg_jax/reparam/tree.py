@@ -114,7 +114,8 @@ def fuse_with(rule: Rule, variables: Variables) -> Variables:
 
 def _as(original: Any, content: Any) -> Any:
     """Give the content the container type of the original: dict, FrozenDict or another mapping."""
-    return type(original)(content) if isinstance(original, Mapping) else content
+    container: Any = type(original)
+    return container(content) if isinstance(original, Mapping) else content
 
 
 def _check_variables(variables: Any) -> None:

@@ -20,14 +20,14 @@ class Agreement(NamedTuple):
       max_reference: the largest absolute logit of the reference.
       relative: `max_difference / max_reference`; NaN where either side holds a value that is not finite.
       predictions_changed: rows whose argmax differs.
-      count: rows compared.
+      compared: rows in all.
     """
 
     max_difference: float
     max_reference: float
     relative: float
     predictions_changed: int
-    count: int
+    compared: int
 
     def require(self, rtol: float) -> Agreement:
         """Return the agreement, or raise an EquivalenceError with its figures.
@@ -38,7 +38,7 @@ class Agreement(NamedTuple):
             raise EquivalenceError(
                 f"the two forms are not the same function: largest logit difference {self.max_difference:.3g} "
                 f"({self.relative:.3g} of the largest logit, allowed {rtol:.3g}), {self.predictions_changed} of "
-                f"{self.count} predictions changed (allowed 0). Was epsilon, the padding or the variable tree another "
+                f"{self.compared} predictions changed (allowed 0). Was epsilon, the padding or the variable tree another "
                 "one? `first_divergence` on the features of both forms tells where they part"
             )
         return self

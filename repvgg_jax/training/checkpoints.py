@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from repvgg_jax.training.steps import TrainState
@@ -51,7 +50,7 @@ class Checkpoints:
         """Restore the newest checkpoint.
 
         Args:
-          template: a state of the same structure, arrays or `ShapeDtypeStruct` with sharding.
+          template: from `abstract_state`.
 
         Returns:
           The state and the data iterator's state.
@@ -64,12 +63,6 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, python train.py")
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(_abstract, template)), data=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()),
         )
         return restored["state"], restored["data"]
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -75,7 +75,7 @@ class Comparison:
                 f"{b.milliseconds:.4f}",
             ),
             (
-                f"test accuracy (%, {found.count:,} images)",
+                f"test accuracy (%, {found.compared:,} images)",
                 f"{100 * a.accuracy:.2f}",
                 f"{100 * b.accuracy:.2f}",
             ),

@@ -23,6 +23,7 @@ from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedu
 from repvgg_jax.training.run_directory import finish, open_data, test_batches
 from repvgg_jax.training.steps import (
     TrainState,
+    abstract_state,
     create_mesh,
     create_state,
     make_eval_step,
@@ -118,7 +119,7 @@ class _Run:
     def train(self, workdir: Path, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, float]]]:
         """Train from the newest checkpoint, or from the start, to the last epoch."""
         config = self.config
-        state = create_state(self.model, self.optimizer, config, self.dataset.channels, self.mesh)
+        setting = (self.model, self.optimizer, config, self.dataset.channels, self.mesh)
         iterator = train_iterator(
             self.dataset.train,
             batch_size=config.batch_size // jax.process_count(),
@@ -129,8 +130,10 @@ class _Run:
             shard=(jax.process_index(), jax.process_count()),
             num_workers=config.num_workers,
         )
-        if checkpoints.latest_step is not None:
-            state, data_state = checkpoints.restore(state)
+        if checkpoints.latest_step is None:
+            state = create_state(*setting)
+        else:
+            state, data_state = checkpoints.restore(abstract_state(*setting))
             iterator.set_state(data_state)
         done = int(state.step) // self.steps_per_epoch
         total = config.epochs * self.steps_per_epoch

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
 from repvgg_jax.interop.safetensors import Preprocess, save_deploy
@@ -18,7 +18,7 @@ from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
-from repvgg_jax.training.steps import TrainState, create_mesh, create_state
+from repvgg_jax.training.steps import abstract_state, create_mesh
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
@@ -125,14 +125,7 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
     config, dataset = open_data(config)
     mesh = create_mesh()
     model = config.create_model(dataset.num_classes)
-    with Checkpoints(workdir) as checkpoints:
-        state, _ = checkpoints.restore(abstract_state(model, config, dataset.channels, mesh))
-    return finish(workdir, config, dataset, model, state.variables, mesh, check_only=check_only)
-
-
-def abstract_state(model: RepVGG, config: TrainConfig, channels: int, mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings of a run's train state, computing nothing."""
     optimizer = create_optimizer(config, steps_per_epoch=1)
-    shapes = jax.eval_shape(lambda: create_state(model, optimizer, config, channels, mesh))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+    with Checkpoints(workdir) as checkpoints:
+        state, _ = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh))
+    return finish(workdir, config, dataset, model, state.variables, mesh, check_only=check_only)

@@ -49,14 +49,32 @@ def create_state(
     model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
 ) -> TrainState:
     """Initialise parameters, statistics and optimizer from the config's seed, replicated over the mesh."""
+    # XLA:CPU would spend seconds on optimising code that runs once.
+    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    init = _initializer(model, optimizer, config, channels)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(init, out_shardings=replicated, compiler_options=options)(jax.random.key(config.seed))
 
+
+def abstract_state(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
+) -> TrainState:
+    """The shapes, dtypes and shardings of what `create_state` returns, computing nothing."""
+    shapes = jax.eval_shape(_initializer(model, optimizer, config, channels), jax.random.key(config.seed))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+
+
+def _initializer(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int
+) -> Callable[[jax.Array], TrainState]:
     def init(key: jax.Array) -> TrainState:
         images = jnp.zeros((1, config.image_size, config.image_size, channels))
         variables = model.init(key, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(jax.random.key(config.seed))
+    return init
 
 
 def make_train_step(

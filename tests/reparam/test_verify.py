@@ -10,7 +10,7 @@ def logits():
 
 def test_equal_logits_agree_exactly():
     found = assert_equivalent(logits(), logits(), rtol=0)
-    assert (found.max_difference, found.relative, found.predictions_changed, found.count) == (0, 0, 0, 6)
+    assert (found.max_difference, found.relative, found.predictions_changed, found.compared) == (0, 0, 0, 6)
 
 
 def test_a_difference_beyond_the_tolerance_is_refused_with_its_figures():

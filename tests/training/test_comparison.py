@@ -1,0 +1,94 @@
+import dataclasses
+import shutil
+
+import chex
+import pytest
+
+from repvgg_jax import fuse_model
+from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.training import comparison, fuse_run
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_fusing_a_run_again_finds_the_same_figures_and_writes_the_same_weights(copy, finished):
+    before = load_deploy(copy / "deploy.safetensors")
+    (copy / "deploy.safetensors").unlink()
+    again = fuse_run(copy)
+    assert again.agreement == finished.comparison.agreement
+    assert again.deploy.accuracy == finished.comparison.deploy.accuracy
+    after = load_deploy(copy / "deploy.safetensors")
+    assert after.metadata == before.metadata
+    chex.assert_trees_all_equal(after.variables, before.variables)
+
+
+def test_check_only_writes_nothing(copy):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    fuse_run(copy, check_only=True)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_wrong_epsilon_is_refused_and_nothing_is_saved(copy, monkeypatch):
+    (copy / "deploy.safetensors").unlink()
+
+    def wrong(model, variables):
+        deploy_model, _ = fuse_model(model, variables)
+        return deploy_model, fuse_model(model.clone(epsilon=0.1), variables)[1]
+
+    monkeypatch.setattr(comparison, "fuse_model", wrong)
+    with pytest.raises(EquivalenceError, match="not the same function: largest logit difference"):
+        fuse_run(copy)
+    assert not (copy / "deploy.safetensors").exists()
+
+
+def test_a_tree_that_is_not_the_deploy_forms_is_refused(copy, monkeypatch):
+    def wrong(model, variables):
+        deploy_model, fused = fuse_model(model, variables)
+        fused["params"]["stem"]["reparam"]["bias"] = fused["params"]["stem"]["reparam"]["bias"][:-1]
+        return deploy_model.clone(), fused
+
+    monkeypatch.setattr(comparison, "fuse_model", wrong)
+    with pytest.raises(Exception, match=r"(?s)shape|bias"):
+        fuse_run(copy)
+
+
+def test_the_table_states_every_promised_row(finished):
+    table = finished.comparison.table()
+    for row in (
+        "trainable parameters", "size (MB)", "forward time per image", "test accuracy", "largest difference",
+        "predictions changed",
+    ):  # fmt: skip
+        assert row in table
+    figures = finished.comparison
+    assert f"{figures.training.parameters:,}" in table
+    assert f"{figures.deploy.parameters:,}" in table
+    assert figures.deploy.parameters < figures.training.parameters
+    assert figures.deploy.megabytes < figures.training.megabytes
+
+
+def test_the_verdict_follows_the_figures(finished):
+    agreement = finished.comparison.agreement
+    finished.comparison.check()
+    for broken in (agreement._replace(predictions_changed=1), agreement._replace(relative=float("nan"))):
+        with pytest.raises(EquivalenceError):
+            dataclasses.replace(finished.comparison, agreement=broken).check()
+
+
+@pytest.mark.parametrize(("missing", "message"), [("config.json", "no config.json"), ("checkpoints", "train first")])
+def test_a_directory_that_is_no_run_is_named(copy, missing, message):
+    target = copy / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        fuse_run(copy)
+
+
+def test_a_run_without_a_checkpoint_is_named(copy):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        fuse_run(copy)

@@ -1,0 +1,60 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import repvgg_jax.training.config as config_module
+from repvgg_jax.training import PRESETS, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(variant="repvgg_a9"), "unknown variant 'repvgg_a9': did you mean"),
+        (dict(strides=(1, 1, 2, 2, 3)), "strides are .*each 1 or 2"),
+        (dict(batch_size=0), "batch_size is 0: expected at least 1"),
+        (dict(epochs=5, warmup_epochs=5), r"warmup_epochs is 5: expected less than epochs \(=5\)"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0: expected more than 0"),
+        (dict(momentum=1.0), r"momentum is 1.0: expected in \[0, 1\)"),
+        (dict(label_smoothing=1.5), "label_smoothing is 1.5"),
+        (dict(dtype="float16"), "dtype is float16: expected float32 or bfloat16"),
+        (dict(mean=(0.5,)), "mean and std is .*expected both or neither"),
+        (dict(mean=(0.5,), std=(0.0,)), "std is .*expected positive"),
+        (dict(image_size=224, eval_resize=200), r"eval_resize is 200: expected at least image_size \(=224\)"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_survive_the_way_through_a_file(name, tmp_path):
+    path = tmp_path / "config.json"
+    PRESETS[name].save(path)
+    assert TrainConfig.load(path) == PRESETS[name]
+
+
+def test_a_file_of_another_version_is_refused_with_the_field(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**dataclasses.asdict(TrainConfig()), "ema": 0.9}))
+    with pytest.raises(ValueError, match=r"config.json is not a config of this version .*ema"):
+        TrainConfig.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not a config"):
+        TrainConfig.load(path)
+
+
+def test_every_field_is_explained_beside_it():
+    source = Path(config_module.__file__).read_text()
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', source, re.MULTILINE), field.name
+
+
+def test_the_imagenet_preset_is_the_recipe_of_the_paper():
+    preset = PRESETS["imagenet"]
+    assert (preset.epochs, preset.batch_size, preset.learning_rate, preset.weight_decay) == (120, 256, 0.1, 1e-4)
+    assert (preset.momentum, preset.label_smoothing, preset.warmup_epochs) == (0.9, 0.0, 0)
+    assert (preset.image_size, preset.eval_resize, preset.random_resized_crop) == (224, 256, True)

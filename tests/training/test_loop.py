@@ -1,0 +1,128 @@
+import dataclasses
+import json
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.training import TrainingDivergedError, loop, train_and_evaluate
+
+
+def test_a_run_directory_holds_all_that_is_promised(finished):
+    names = {path.name for path in finished.workdir.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "deploy.safetensors", "report.md",
+        "curves.png", "confusion.png", "differences.png",
+    }  # fmt: skip
+    assert sorted(path.name for path in (finished.workdir / "checkpoints").iterdir()) == ["22", "44"]
+    assert any((finished.workdir / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (finished.workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert set(lines[0]) >= {"step", "train/loss", "test/accuracy", "learning_rate", "images_per_second", "seconds"}
+
+
+def test_the_report_shows_table_pictures_and_settings(finished):
+    report = (finished.workdir / "report.md").read_text()
+    assert finished.comparison.table("github") in report
+    for name in ("curves.png", "confusion.png", "differences.png"):
+        assert f"]({name})" in report
+        with Image.open(finished.workdir / name) as picture:
+            assert min(picture.size) > 300
+    assert "| learning_rate" in report
+
+
+def test_training_learns_and_fusing_changes_no_prediction(finished):
+    assert finished.comparison.deploy.accuracy == finished.comparison.training.accuracy > 0.3
+    assert finished.comparison.agreement.predictions_changed == 0
+    assert finished.comparison.agreement.relative < 1e-5
+    assert finished.comparison.agreement.compared == 360
+
+
+def test_the_deploy_file_classifies_raw_images_as_the_run_did(finished, tiny):
+    from repvgg_jax.data import load_dataset
+
+    model, variables, preprocess, metadata = load_deploy(finished.workdir / "deploy.safetensors")
+    assert metadata["variant"] == "repvgg_a0"
+    assert preprocess.class_names == tuple("0123456789")
+    test = load_dataset("digits", data_dir=tiny.data_dir).test
+    images = np.stack([test[i]["image"] for i in range(360)])
+    inputs = (images / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
+    predictions = model.apply(variables, inputs.astype(np.float32), train=False).argmax(-1)
+    np.testing.assert_array_equal(predictions, finished.comparison.predictions)
+
+
+def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp_path, monkeypatch):
+    class StopError(Exception):
+        pass
+
+    save = loop.Checkpoints.save
+
+    def save_then_stop(self, state, data_state):
+        save(self, state, data_state)
+        self.wait()
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", save_then_stop)
+        with pytest.raises(StopError):
+            train_and_evaluate(tiny, tmp_path / "run")
+    # A line that was logged after the last checkpoint must not stand twice.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 2, "step": 44, "train/loss": 9.0, "seconds": 1.0}) + "\n")
+    resumed = train_and_evaluate(tiny, tmp_path / "run")
+    chex.assert_trees_all_equal(resumed.state, finished.state)
+    keep = [name for name in finished.history[0] if name not in ("images_per_second", "seconds")]
+    assert [[line[name] for name in keep] for line in resumed.history] == [
+        [line[name] for name in keep] for line in finished.history
+    ]
+    another_seed = train_and_evaluate(dataclasses.replace(tiny, seed=1), tmp_path / "other")
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(another_seed.state.params, finished.state.params)
+
+
+def test_a_finished_run_is_not_trained_again(tiny, finished, monkeypatch):
+    def never(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(loop._Run, "_train_epoch", never)
+    again = train_and_evaluate(tiny, finished.workdir)
+    chex.assert_trees_all_equal(again.state, finished.state)
+
+
+def test_another_config_in_the_same_directory_is_refused_by_field(tiny, finished):
+    with pytest.raises(ValueError, match=r"another config \(epochs was 2, is 3; learning_rate was 0.1, is 0.2\)"):
+        train_and_evaluate(dataclasses.replace(tiny, epochs=3, learning_rate=0.2), finished.workdir)
+
+
+def test_a_directory_with_other_files_is_refused(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        train_and_evaluate(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(batch_size=12), r"batch_size is 12: expected a multiple of the 8 devices, e.g. 16"),
+        (dict(eval_batch_size=12), "eval_batch_size is 12"),
+        (dict(batch_size=1440), "batch_size is 1440: expected at most 1437"),
+        (dict(mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1)), "expected 1 values each"),
+        (dict(dataset="digit"), "unknown data set 'digit': did you mean 'digits'"),
+        (dict(dataset="folder:/nowhere"), "/nowhere does not exist"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path, fields, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_and_evaluate(dataclasses.replace(tiny, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, tmp_path):
+    config = dataclasses.replace(tiny, learning_rate=1e30)
+    with pytest.raises(
+        TrainingDivergedError, match=r"the loss is (nan|inf) at epoch 1.*lower learning_rate \(=1e\+30\)"
+    ):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "deploy.safetensors").exists()

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.training import TrainConfig
+from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule, weight_decay_mask
+from tests.random_variables import random_variables
+
+
+def test_the_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero():
+    schedule = learning_rate_schedule(TrainConfig(epochs=10, warmup_epochs=2, learning_rate=0.4), steps_per_epoch=5)
+    rates = [float(schedule(step)) for step in range(51)]
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), rtol=1e-5)
+    np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 41))), rtol=1e-5, atol=1e-7)
+
+
+def test_without_warm_up_the_rate_starts_at_its_peak():
+    schedule = learning_rate_schedule(TrainConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
+    assert float(schedule(0)) == pytest.approx(0.4)
+
+
+def test_weight_decay_spares_biases_and_the_scales_behind_convolutions():
+    model = create_model("repvgg_d2se", depths=(2, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5)
+    mask = weight_decay_mask(random_variables(model, dtype=np.float32)["params"])
+    decayed = {
+        "/".join(entry.key for entry in path)
+        for path, decays in jax.tree_util.tree_flatten_with_path(mask["stage1_block2"])[0]
+        if decays
+    }
+    assert decayed == {
+        "branch_3x3/conv/kernel", "branch_1x1/conv/kernel", "branch_identity/scale", "se/down/kernel", "se/up/kernel",
+    }  # fmt: skip
+    assert mask["head"] == {"kernel": True, "bias": False}
+
+
+def test_steps_are_those_of_pytorchs_sgd_with_nesterov_and_weight_decay():
+    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer = create_optimizer(config, steps_per_epoch=1000)
+    params = {"head": {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}}
+    state = optimizer.init(params)
+    expected = {"kernel": 2.0, "bias": 2.0}
+    velocity = {"kernel": 0.0, "bias": 0.0}
+    for step in range(3):
+        gradient = float(step + 1)
+        gradients = jax.tree.map(lambda leaf, g=gradient: jnp.full_like(leaf, g), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for name, decay in (("kernel", 0.1), ("bias", 0.0)):
+            total = gradient + decay * expected[name]
+            velocity[name] = 0.9 * velocity[name] + total
+            expected[name] -= 0.5 * (total + 0.9 * velocity[name])
+            np.testing.assert_allclose(params["head"][name], expected[name], rtol=1e-5)

@@ -1,0 +1,122 @@
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from repvgg_jax.training import TrainConfig
+from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.steps import create_mesh, create_state, make_eval_step, make_train_step, shard_batch
+
+CONFIG = TrainConfig(
+    depths=(1, 2, 1, 1),
+    width_multiplier=(0.25, 0.125, 0.0625, 0.0625),
+    strides=(1, 1, 2, 2, 1),
+    image_size=8,
+    mean=(0.5,),
+    std=(0.25,),
+    crop_padding=1,
+    batch_size=16,
+    learning_rate=0.05,
+    label_smoothing=0.1,
+)
+
+
+def batch(count=16, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count).astype(np.int32)
+    images = rng.integers(0, 50, (count, 8, 8, 1), dtype=np.uint8)
+    images[np.arange(count), 2 * (labels // 2), :, 0] += 150
+    images[:, :, 7, 0] += (100 * (labels % 2)).astype(np.uint8)[:, None]
+    return {"image": images, "label": labels}
+
+
+def run(config, steps, devices, variant_classes=4):
+    mesh = create_mesh(devices)
+    model = config.create_model(variant_classes)
+    optimizer = create_optimizer(config, steps_per_epoch=steps)
+    state = create_state(model, optimizer, config, 1, mesh)
+    step = make_train_step(model, optimizer, config, mesh)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, shard_batch(batch(seed=number), mesh))
+        losses.append(float(metrics["loss"]))
+    return state, losses, (model, mesh)
+
+
+def test_the_loss_falls():
+    _, losses, _ = run(CONFIG, 30, jax.devices()[:1])
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
+
+
+@pytest.mark.usefixtures("float32")
+def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
+    one, losses_of_one, _ = run(CONFIG, 3, jax.devices()[:1])
+    eight, losses_of_eight, _ = run(CONFIG, 3, jax.devices())
+    assert len(jax.devices()) == 8
+    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
+    # After one step statistics differ by rounding alone; a per-device batch of 2 images would give others.
+    first_of_one, _, _ = run(CONFIG, 1, jax.devices()[:1])
+    first_of_eight, _, _ = run(CONFIG, 1, jax.devices())
+    chex.assert_trees_all_close(first_of_eight.batch_stats, first_of_one.batch_stats, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, eight)
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images():
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
+    mesh = create_mesh(jax.devices()[:1])
+    model = config.create_model(4)
+    optimizer = create_optimizer(config, steps_per_epoch=1)
+    state = create_state(model, optimizer, config, 1, mesh)
+    data = batch()
+    images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
+    logits, _ = model.apply(state.variables, images, train=True, mutable=["batch_stats"])
+    targets = np.eye(4)[data["label"]] * 0.9 + 0.1 / 4
+    expected = -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+    _, metrics = make_train_step(model, optimizer, config, mesh)(state, shard_batch(data, mesh))
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("float32")
+def test_auxiliary_heads_add_their_weighted_losses():
+    losses = {}
+    for weight in (0.0, 0.1):
+        config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1), auxiliary_weight=weight)
+        state, (losses[weight],), _ = run(config, 1, jax.devices()[:1])
+        assert "stage3_first_aux" in state.params
+    # Three heads over four classes start near log 4 each.
+    assert losses[0.1] - losses[0.0] == pytest.approx(0.1 * 3 * np.log(4), rel=0.5)
+
+
+def test_masked_rows_count_in_no_sum():
+    mesh = create_mesh(jax.devices()[:1])
+    model = CONFIG.create_model(4)
+    state = create_state(model, optax.identity(), CONFIG, 1, mesh)
+    step = make_eval_step(model, CONFIG, mesh)
+    data = {**batch(), "mask": np.arange(16) < 5}
+    result = step(state.variables, shard_batch(data, mesh))
+    first_five = {key: value[:5] for key, value in data.items()}
+    alone = step(state.variables, shard_batch(first_five, mesh))
+    assert int(result["count"]) == 5
+    assert int(result["correct"]) == int(alone["correct"])
+    np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)
+
+
+def test_augmentation_changes_with_the_step_and_the_seed():
+    mesh = create_mesh(jax.devices()[:1])
+    model = CONFIG.create_model(4)
+    optimizer = create_optimizer(CONFIG, steps_per_epoch=1)
+    initial = jax.device_get(create_state(model, optimizer, CONFIG, 1, mesh))
+
+    def first_losses(config, steps):
+        step = make_train_step(model, optimizer, config, mesh)
+        states = [initial.replace(step=np.asarray(number, np.int32)) for number in steps]
+        return [float(step(state, shard_batch(batch(), mesh))[1]["loss"]) for state in states]
+
+    base, again, later = first_losses(CONFIG, [0, 0, 1])
+    (another_seed,) = first_losses(dataclasses.replace(CONFIG, seed=1), [0])
+    assert base == again
+    assert len({base, later, another_seed}) == 3
