@@ -6,6 +6,7 @@ and returns None where the node is not its business. Rules decide by keys and st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def branch_rule(
 
         fused = merge_branches(branches)
         leaves = jax.tree.leaves({key: used_params[key][conv] for key in present})
-        dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
+        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves))
         like = used_params[present[0]][conv]["kernel"]
         return Replacement(
             {

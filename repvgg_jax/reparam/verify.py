@@ -38,8 +38,8 @@ class Agreement(NamedTuple):
             raise EquivalenceError(
                 f"the two forms are not the same function: largest logit difference {self.max_difference:.3g} "
                 f"({self.relative:.3g} of the largest logit, allowed {rtol:.3g}), {self.predictions_changed} of "
-                f"{self.compared} predictions changed (allowed 0). Was epsilon, the padding or the variable tree another "
-                "one? `first_divergence` on the features of both forms tells where they part"
+                f"{self.compared} predictions changed (allowed 0). Was epsilon, the padding or the tree another one? "
+                "`first_divergence` on the features of both forms tells where they part"
             )
         return self
 

@@ -59,7 +59,7 @@ class TrainConfig:
     learning_rate: float = 0.1
     """Peak learning rate of SGD, for the batch size given."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0, before the cosine to 0."""
+    """Epochs of linear warm-up from 0 before the cosine to 0; at most half of all epochs."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -89,12 +89,6 @@ class TrainConfig:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        _require(
-            self.warmup_epochs < self.epochs,
-            "warmup_epochs",
-            self.warmup_epochs,
-            f"less than epochs (={self.epochs})",
-        )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
             (self.mean is None) == (self.std is None),

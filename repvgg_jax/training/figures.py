@@ -22,20 +22,15 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
             lines = [line for line in history if f"{split}/{quantity}" in line]
             epochs = [line["epoch"] for line in lines]
             values = [factor * line[f"{split}/{quantity}"] for line in lines]
-            axes.plot(epochs, values, color=colour, label=split, marker="o", markersize=2.5, linewidth=1.4)
-            if values:
-                axes.annotate(
-                    f"{values[-1]:.4g}", (epochs[-1], values[-1]), xytext=(4, 0), textcoords="offset points",
-                    color=colour, fontsize=8, va="center",
-                )  # fmt: skip
+            label = f"{split} ({values[-1]:.4g} at the end)" if values else split
+            axes.plot(epochs, values, color=colour, label=label, marker="o", markersize=2.5, linewidth=1.4)
         axes.set_xlabel("epoch")
         axes.set_title(quantity + unit, fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
-        axes.margins(x=0.1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> None:
@@ -57,7 +52,7 @@ def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, clas
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def draw_differences(path: Path, differences: np.ndarray, max_reference: float) -> None:
@@ -75,4 +70,4 @@ def draw_differences(path: Path, differences: np.ndarray, max_reference: float) 
     )
     axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")

@@ -11,7 +11,7 @@ from repvgg_jax.training.config import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to 0 at the last step.
+    """Linear warm-up from 0, for at most half of all steps, then a cosine to 0 at the last.
 
     Args:
       config: gives the peak rate, the warm-up and the epochs.
@@ -21,7 +21,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
       A function from the step (counted from 0) to the learning rate.
     """
     total = config.epochs * steps_per_epoch
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 2)
     cosine = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
     if not warmup:
         return cosine

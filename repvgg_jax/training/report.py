@@ -61,6 +61,8 @@ Both forms saw the whole test split in float32. The deploy form is what `deploy.
 
 ![loss and accuracy](curves.png)
 
+Training figures are averages over an epoch, on augmented images and smoothed targets; test figures are not.
+
 ## Confusion matrix of the deploy form
 
 ![confusion matrix](confusion.png)

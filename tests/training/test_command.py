@@ -6,7 +6,7 @@ import pytest
 from repvgg_jax.training import command
 from repvgg_jax.training.command import fuse_command, train_command
 
-TINY = "--depths 1 1 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 1 --warmup-epochs 0"
+TINY = "--depths 1 1 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 1"
 
 
 def test_training_by_flags_ends_with_the_table_and_a_run_directory(data_dir, tmp_path, capsys):

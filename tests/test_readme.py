@@ -1,0 +1,106 @@
+"""Every code block of the README runs, and its figures are true."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from repvgg_jax import VARIANTS, create_model, summarize
+from repvgg_jax.training.command import fuse_command, train_command
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# The shortest run of each command; the flags of the README come after and win.
+SHORT = ["--depths", "1", "1", "1", "1", "--width-multiplier", "0.25", "0.125", "0.0625", "0.0625", "--epochs", "1"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory to run in, with the digits prepared and standing in for CIFAR-10."""
+    place = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+        yield place
+
+
+def test_the_python_blocks_run_in_order(workplace):
+    namespace = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["result"].comparison.agreement.predictions_changed == 0
+    assert namespace["fused_ensemble"]["params"]["stem"]["reparam"]["kernel"].shape == (3, 3, 3, 3, 48)
+
+
+def commands():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [shlex.split(part) for line in lines for part in line.split("&&")]
+
+
+def test_every_shell_command_is_of_a_kind_that_is_tested_here():
+    kinds = {tuple(command[:2]) for command in commands()}
+    assert kinds == {("pip", "install"), ("python", "train.py"), ("python", "fuse.py"), ("pytest",)}
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[:2] == ["python", "train.py"]], ids=" ".join)
+def test_the_train_commands_run(command, workplace, capsys):
+    arguments = command[2:]
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as exit_:
+            train_command(arguments)
+        assert exit_.value.code == 0
+        return
+    if "cifar10" in arguments:
+        # The data set itself is not at hand; the digits have the same way in.
+        arguments = arguments[arguments.index("--epochs") :]
+    assert train_command([*SHORT, *arguments]) == 0
+    assert "deploy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[:2] == ["python", "fuse.py"]], ids=" ".join)
+def test_the_fuse_commands_run(command, workplace, capsys):
+    run = workplace / "RUN_DIR"
+    if not run.exists():
+        assert train_command([*SHORT, "--workdir", str(run)]) == 0
+    assert fuse_command(command[2:]) == 0
+    assert "predictions changed" in capsys.readouterr().out
+
+
+def test_the_install_commands_name_what_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands():
+        if command[0] != "pip":
+            continue
+        for argument in command[2:]:
+            if argument.endswith(".txt"):
+                assert (ROOT / argument).is_file()
+            if argument.startswith(".["):
+                assert argument[2:-1] in extras
+
+
+def test_ci_calls_the_test_command_of_the_readme_literally():
+    (test_command,) = [block.strip() for block in blocks("bash") if "pytest" in block]
+    assert f"\n{test_command}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_the_table_of_variants_is_true(name):
+    total = summarize(create_model(name), (224, 224, 3)).total
+    row = (
+        f"| `{name}` | {total.training_parameters:,} | {total.deploy_parameters:,} | "
+        f"{total.training_multiply_adds / 1e9:.2f} | {total.deploy_multiply_adds / 1e9:.2f} |"
+    )
+    assert row in README
+
+
+def test_every_link_into_the_repository_leads_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(targets) > 4
+    for target in targets:
+        assert target.startswith("http") or (ROOT / target).exists(), target
