@@ -45,6 +45,16 @@ def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def abstract_batch(config: TrainConfig, channels: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of a training batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    shape = (config.batch_size, config.image_size, config.image_size, channels)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+    }
+
+
 def create_state(
     model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
 ) -> TrainState:
@@ -79,7 +89,7 @@ def _initializer(
 
 def make_train_step(
     model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Build the jitted training step.
 
     Crop, flip and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
@@ -129,7 +139,7 @@ def make_train_step(
     return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)
 
 
-def make_eval_step(model: RepVGG, config: TrainConfig, mesh: Mesh) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def make_eval_step(model: RepVGG, config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """Build the jitted evaluation step of either form.
 
     Args:
