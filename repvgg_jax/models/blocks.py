@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax.models.norm import BatchNorm
+from repvgg_jax.models.operations import Operations, convolution
 
 # PyTorch's default for convolutions, which the official implementation trains with: U(-1/√fan_in, 1/√fan_in).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -30,6 +31,7 @@ class ConvBN(nn.Module):
       dtype: of the computation; None computes in the dtype of images and parameters. Statistics are taken in at
         least float32.
       param_dtype: of parameters and statistics.
+      ops: which lowerings compute it, see `RepVGG`.
     """
 
     features: int
@@ -40,6 +42,7 @@ class ConvBN(nn.Module):
     momentum: float = 0.9
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    ops: Operations = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -56,6 +59,7 @@ class ConvBN(nn.Module):
             kernel_init=kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            conv_general_dilated=convolution(self.ops),
             name="conv",
         )(x)
         return BatchNorm(
@@ -64,6 +68,7 @@ class ConvBN(nn.Module):
             epsilon=self.epsilon,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            ops=self.ops,
             name="bn",
         )(x)
 
@@ -109,6 +114,7 @@ class RepVGGBlock(nn.Module):
       momentum: of the running statistics.
       dtype: of the computation.
       param_dtype: of parameters and statistics.
+      ops: which lowerings compute it, see `RepVGG`.
 
     References:
       RepVGG, section 3.2 and figure 4, https://arxiv.org/abs/2101.03697
@@ -124,6 +130,7 @@ class RepVGGBlock(nn.Module):
     momentum: float = 0.9
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    ops: Operations = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -141,7 +148,11 @@ class RepVGGBlock(nn.Module):
 
     def _branches(self, x: jax.Array, *, train: bool) -> jax.Array:
         policy: dict[str, Any] = dict(
-            epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype, param_dtype=self.param_dtype
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            ops=self.ops,
         )
         branch = partial(ConvBN, self.features, stride=self.stride, groups=self.groups, **policy)
         y = branch(kernel_size=3, name="branch_3x3")(x, train=train)
@@ -160,5 +171,6 @@ class RepVGGBlock(nn.Module):
             kernel_init=kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            conv_general_dilated=convolution(self.ops),
             name="reparam",
         )(x)

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repvgg_jax.models.operations import Operations
+from repvgg_jax.ops import batch_norm_train
+
 
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last; the variables are those of `flax.linen.BatchNorm`.
@@ -21,6 +24,7 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       dtype: of the output; None for the dtype of input and parameters.
       param_dtype: of scale and bias; statistics have it too, but at least float32.
+      ops: "auto" takes `repvgg_jax.ops.batch_norm_train` for images in training, "xla" plain arithmetic.
 
     References:
       Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.
@@ -31,6 +35,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    ops: Operations = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,14 +48,21 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         output_dtype = self.dtype or jnp.promote_types(x.dtype, self.param_dtype)
 
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
+            return self._normalize(x, running_mean.value, running_var.value, scale, bias).astype(output_dtype)
+        if self.ops == "auto" and x.ndim == 4:
+            y, mean, var = batch_norm_train(x.astype(output_dtype), scale, bias, self.epsilon)
         else:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             axes = tuple(range(x.ndim - 1))
-            mean = x.mean(axes)
-            var = jnp.square(x - mean).mean(axes)
-            if not self.is_initializing():
-                for running, batch in ((running_mean, mean), (running_var, var)):
-                    running.value = (self.momentum * running.value + (1 - self.momentum) * batch).astype(stats_dtype)
-        return ((x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias).astype(output_dtype)
+            mean = wide.mean(axes)
+            var = jnp.square(wide - mean).mean(axes)
+            y = self._normalize(wide, mean, var, scale, bias).astype(output_dtype)
+        if not self.is_initializing():
+            for running, batch in ((running_mean, mean), (running_var, var)):
+                running.value = (self.momentum * running.value + (1 - self.momentum) * batch).astype(stats_dtype)
+        return y
+
+    def _normalize(self, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init
+from repvgg_jax.models.operations import Operations
 
 
 class AuxiliaryHead(nn.Module):
@@ -20,6 +21,7 @@ class AuxiliaryHead(nn.Module):
     momentum: float = 0.9
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    ops: Operations = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -32,6 +34,7 @@ class AuxiliaryHead(nn.Module):
             momentum=self.momentum,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            ops=self.ops,
             name="conv_bn",
         )(x, train=train)
         head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
@@ -58,6 +61,8 @@ class RepVGG(nn.Module):
       dtype: of the computation, e.g. `jnp.bfloat16`; logits stay in at least float32.
       param_dtype: of parameters and statistics.
       remat: recompute each block's activations in the backward pass instead of storing them.
+      ops: "auto" takes the lowerings of `repvgg_jax.ops` where they are faster (float32 on CPU), "xla" XLA's own
+        convolutions and plain arithmetic everywhere. Variables are the same.
 
     References:
       Ding et al., CVPR 2021, https://arxiv.org/abs/2101.03697; https://github.com/DingXiaoH/RepVGG
@@ -77,6 +82,7 @@ class RepVGG(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    ops: Operations = "auto"
 
     @property
     def widths(self) -> tuple[int, int, int, int, int]:
@@ -106,7 +112,11 @@ class RepVGG(nn.Module):
                 "normalise uint8 images first, (images / 255 - mean) / std"
             )
         policy: dict[str, Any] = dict(
-            epsilon=self.epsilon, momentum=self.momentum, dtype=self.dtype, param_dtype=self.param_dtype
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            ops=self.ops,
         )
         block = partial(
             RepVGGBlock,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from repvgg_jax.models.blocks import SqueezeExcitePosition
+from repvgg_jax.models.operations import Operations
 from repvgg_jax.models.repvgg import RepVGG
 
 
@@ -74,6 +75,7 @@ def create_model(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     remat: bool = False,
+    ops: Operations = "auto",
 ) -> RepVGG:
     """Build a published RepVGG, or one cut to measure.
 
@@ -89,6 +91,7 @@ def create_model(
       dtype: of the computation, e.g. `jnp.bfloat16`.
       param_dtype: of parameters and statistics.
       remat: trade time for memory in the backward pass.
+      ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere.
 
     Returns:
       The Flax module. `model.init(key, images, train=False)` makes its variables.
@@ -124,6 +127,7 @@ def create_model(
         dtype=dtype,
         param_dtype=param_dtype,
         remat=remat,
+        ops=ops,
         **variant._asdict(),
     )
     smallest = variant.groups * (variant.squeeze_excite_reduction if variant.squeeze_excite else 1)

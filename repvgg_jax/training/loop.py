@@ -174,7 +174,8 @@ class _Run:
         print(
             f"{self.config.variant} on {self.config.dataset}: {len(self.dataset.train):,} training and "
             f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
-            f"of {self.steps_per_epoch} steps on {devices}{resumed}\nrun directory: {workdir} (training step compiled in {compile_seconds:.1f} s)",
+            f"of {self.steps_per_epoch} steps on {devices}{resumed}\n"
+            f"run directory: {workdir} (training step compiled in {compile_seconds:.1f} s)",
             flush=True,
         )
 

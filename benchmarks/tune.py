@@ -1,0 +1,133 @@
+"""Times every lowering of `repvgg_jax.ops` on the convolutions of RepVGG: `python -m benchmarks.tune [FILTER]`.
+
+One row per convolution and direction (forward, input gradient, kernel gradient): the milliseconds of the plain
+lowering, then what the others take of it. The lowerings take turns in one process; a figure is the median over the
+turns of the ratio to the plain lowering in the same turn. `<` marks what `repvgg_jax.ops.table` chooses.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.table import LOWERINGS, choose
+
+PADDED = ((1, 1), (1, 1))
+TURNS = 9
+
+# (batch, side, in, out, kernel side, stride, groups)
+CONVOLUTIONS = {
+    "A0 train 32, strides 1,1,2,2,2": [
+        (128, 32, 3, 48, 3, 1, 1),
+        (128, 32, 48, 48, 3, 1, 1),
+        (128, 32, 48, 96, 3, 2, 1),
+        (128, 16, 96, 96, 3, 1, 1),
+        (128, 16, 96, 192, 3, 2, 1),
+        (128, 8, 192, 192, 3, 1, 1),
+        (128, 8, 192, 1280, 3, 2, 1),
+        (128, 32, 48, 48, 1, 1, 1),
+        (128, 32, 48, 96, 1, 2, 1),
+        (128, 8, 192, 192, 1, 1, 1),
+    ],
+    "A0 train 32, strides 2,2,2,2,2": [
+        (128, 32, 3, 48, 3, 2, 1),
+        (128, 16, 48, 48, 3, 2, 1),
+        (128, 8, 48, 48, 3, 1, 1),
+        (128, 8, 48, 96, 3, 2, 1),
+        (128, 4, 96, 96, 3, 1, 1),
+        (128, 4, 96, 192, 3, 2, 1),
+        (128, 2, 192, 192, 3, 1, 1),
+        (128, 2, 192, 1280, 3, 2, 1),
+        (128, 2, 192, 192, 1, 1, 1),
+    ],
+    "digits 8": [
+        (64, 8, 1, 16, 3, 1, 1),
+        (64, 8, 16, 16, 3, 1, 1),
+        (64, 8, 16, 32, 3, 2, 1),
+        (64, 4, 32, 32, 3, 1, 1),
+        (64, 2, 64, 64, 3, 1, 1),
+        (64, 1, 64, 64, 3, 1, 1),
+    ],
+    "A0 deploy 224, batch 1": [
+        (1, 224, 3, 48, 3, 2, 1),
+        (1, 112, 48, 48, 3, 2, 1),
+        (1, 56, 48, 48, 3, 1, 1),
+        (1, 28, 96, 96, 3, 1, 1),
+        (1, 28, 96, 192, 3, 2, 1),
+        (1, 14, 192, 192, 3, 1, 1),
+        (1, 14, 192, 1280, 3, 2, 1),
+    ],
+    "A0 deploy 224, batch 16": [
+        (16, 224, 3, 48, 3, 2, 1),
+        (16, 112, 48, 48, 3, 2, 1),
+        (16, 56, 48, 48, 3, 1, 1),
+        (16, 28, 96, 96, 3, 1, 1),
+        (16, 14, 192, 192, 3, 1, 1),
+        (16, 14, 192, 1280, 3, 2, 1),
+    ],
+    "groups": [(16, 28, 128, 128, 3, 1, 4), (16, 14, 256, 256, 3, 1, 2), (16, 28, 128, 256, 3, 2, 4)],
+}
+
+
+def medians(convolution, directions):
+    """{direction: {name: (milliseconds, ratio to plain)}} of one convolution."""
+    batch, side, inside, out, taps, stride, groups = convolution
+    window = Window((stride, stride), PADDED if taps == 3 else ((0, 0), (0, 0)), groups)
+    shapes = (batch, side, side, inside), (taps, taps, inside // groups, out)
+    random = np.random.default_rng(0)
+    x, kernel, dy = (
+        jnp.asarray(random.normal(size=shape), jnp.float32)
+        for shape in (*shapes, (batch, *window.output_size(*shapes), out))
+    )
+    result = {}
+    for direction in directions:
+        runs = {}
+        for name, lowering in LOWERINGS.items():
+            if not lowering.supports(*shapes, window):
+                continue
+            arguments, run = {
+                "forward": ((x, kernel), lambda a, b, f=lowering.forward: f(a, b, window)),
+                "input": ((dy, kernel), lambda a, b, f=lowering.input_gradient: f(a, b, window, shapes[0])),
+                "kernel": ((x, dy), lambda a, b, f=lowering.kernel_gradient: f(a, b, window, shapes[1])),
+            }[direction]
+            runs[name] = jax.jit(run).lower(*arguments).compile(), arguments
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(TURNS + 1):
+            for name, (run, arguments) in runs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run(*arguments))
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        result[direction] = {
+            name: (1e3 * np.median(times), np.median(np.divide(times, seconds["plain"])))
+            for name, times in seconds.items()
+        }
+    return result, choose(*shapes, window)
+
+
+def main(wanted=""):
+    """Prints the table of the groups of convolutions whose title holds `wanted`."""
+    names = [name for name in LOWERINGS if name != "plain"]
+    for title, convolutions in CONVOLUTIONS.items():
+        if wanted not in title:
+            continue
+        print(f"\n{title}\n{'':44}{'plain':>9}" + "".join(f"{name:>13}" for name in names))
+        for convolution in convolutions:
+            batch, side, inside, out, taps, stride, groups = convolution
+            directions = ("forward",) if "deploy" in title else ("forward", "input", "kernel")
+            result, choice = medians(convolution, directions)
+            for direction, chosen in zip(directions, choice, strict=False):
+                name = f"{batch}×{side}²×{inside}→{out} {taps}×{taps}/{stride}" + f" g{groups}" * (groups > 1)
+                plain = f"{result[direction]['plain'][0]:.2f}" + " <" * (chosen == "plain")
+                line = f"{name:32}{direction:12}{plain:>9}"
+                for other in names:
+                    cell = f"{result[direction][other][1]:.2f}" if other in result[direction] else "-"
+                    line += f"{cell + ' <' * (chosen == other):>13}"
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

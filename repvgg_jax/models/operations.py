@@ -1,0 +1,17 @@
+"""Who computes convolution and batch norm: the lowerings of `repvgg_jax.ops`, or XLA's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jax import lax
+
+from repvgg_jax import ops
+
+Operations = Literal["auto", "xla"]
+
+
+def convolution(operations: Operations) -> Callable[..., Any]:
+    """The function to inject as `flax.linen.Conv(conv_general_dilated=…)`."""
+    return ops.conv_general_dilated if operations == "auto" else lax.conv_general_dilated

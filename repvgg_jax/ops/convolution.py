@@ -1,0 +1,153 @@
+"""A drop-in for `lax.conv_general_dilated` that XLA:CPU computes fast."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from repvgg_jax.ops import plain
+from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.materialize import materialize
+from repvgg_jax.ops.table import LOWERINGS, choose
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
+
+    Float32 NHWC images with 1×1 or 3×3 HWIO kernels are lowered, on CPU, as `repvgg_jax.ops.table` says: matrix
+    products, im2col or Winograd, each with gradients of its own. The platform is the one the program is lowered
+    for, not the one at hand: exports for CUDA or TPU hold plain convolutions. Every other call, and every other
+    platform, is `lax.conv_general_dilated` itself. Under a sharded batch the table sees the global shape.
+
+    Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
+    `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.
+
+    Args:
+        lhs: images, e.g. (N, H, W, in).
+        rhs: kernel, e.g. (height, width, in / groups, out).
+        window_strides: strides, one per spatial dimension.
+        padding: "SAME", "VALID" or (low, high) per spatial dimension.
+        lhs_dilation: dilation of the images.
+        rhs_dilation: dilation of the kernel.
+        dimension_numbers: as in `lax.conv_general_dilated`; its default is NCHW.
+        feature_group_count: groups of channels.
+        batch_group_count: groups of the batch.
+        precision: as in `lax.conv_general_dilated`.
+        preferred_element_type: as in `lax.conv_general_dilated`.
+
+    Returns:
+        The convolved images, e.g. (N, H', W', out).
+
+    Raises:
+        TypeError, ValueError: where `lax.conv_general_dilated` does.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> layer = nn.Conv(48, (3, 3), padding=((1, 1), (1, 1)), conv_general_dilated=conv_general_dilated)
+    """
+    xla = partial(
+        lax.conv_general_dilated,
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        preferred_element_type,
+    )
+    wanted = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
+    if not (
+        lhs.ndim == rhs.ndim == 4
+        and lhs.dtype == rhs.dtype == jnp.float32
+        and preferred_element_type in (None, jnp.float32)
+        and rhs.shape[:2] in ((1, 1), (3, 3))
+        and batch_group_count == 1
+        and all(step == 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)[:3] == wanted[:3]
+    ):
+        return xla()
+    jax.eval_shape(xla)  # the same errors for wrong shapes
+    strides = (int(window_strides[0]), int(window_strides[1]))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    (top, bottom), (left, right) = ((int(low), int(high)) for low, high in padding)
+    if min(top, bottom, left, right) < 0 or 0 in lhs.shape or 0 in rhs.shape:
+        return xla()
+    window = Window(strides, ((top, bottom), (left, right)), feature_group_count)
+    if isinstance(precision, list):
+        precision = tuple(precision)
+    exact = _beyond_default(precision)
+    return _convolve(lhs, rhs, window, precision, exact)
+
+
+def _beyond_default(precision: lax.PrecisionLike) -> bool:
+    """Whether the argument, or in its absence the configuration, asks for more than the default precision."""
+    asked: Any = precision
+    if precision is None:
+        asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    names = asked if isinstance(asked, tuple) else (asked,)
+    return any(name not in (None, "default", lax.Precision.DEFAULT) for name in names)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _convolve(x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike, exact: bool) -> jax.Array:
+    fastest = LOWERINGS[choose(x.shape, kernel.shape, window, exact).forward]
+    return lax.platform_dependent(
+        materialize(x),
+        kernel,
+        cpu=lambda x, kernel: fastest.forward(x, kernel, window),
+        default=lambda x, kernel: plain.forward(x, kernel, window, precision),
+    )
+
+
+def _convolve_forward(
+    x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike, exact: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _convolve(x, kernel, window, precision, exact), (x, kernel)
+
+
+def _convolve_backward(
+    window: Window,
+    precision: lax.PrecisionLike,
+    exact: bool,
+    residuals: tuple[jax.Array, jax.Array],
+    dy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), dy = residuals, materialize(dy)
+    _, for_input, for_kernel = (LOWERINGS[name] for name in choose(x.shape, kernel.shape, window, exact))
+    dx = lax.platform_dependent(
+        dy,
+        kernel,
+        cpu=lambda dy, kernel: for_input.input_gradient(dy, kernel, window, x.shape),
+        default=lambda dy, kernel: plain.input_gradient(dy, kernel, window, x.shape, precision),
+    )
+    dkernel = lax.platform_dependent(
+        materialize(x),
+        dy,
+        cpu=lambda x, dy: for_kernel.kernel_gradient(x, dy, window, kernel.shape),
+        default=lambda x, dy: plain.kernel_gradient(x, dy, window, kernel.shape, precision),
+    )
+    return dx, dkernel
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)

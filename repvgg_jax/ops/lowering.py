@@ -1,0 +1,48 @@
+"""What a lowering is: three functions that agree on one convolution."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+Shape = tuple[int, ...]
+
+
+class Window(NamedTuple):
+    """The static part of a 2-D convolution: everything but the two arrays.
+
+    Attributes:
+        strides: (rows, columns).
+        padding: ((top, bottom), (left, right)), zeros, never negative.
+        groups: the input channels are split into this many independent convolutions.
+    """
+
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    groups: int = 1
+
+    def output_size(self, input_shape: Shape, kernel_shape: Shape) -> tuple[int, int]:
+        """Rows and columns of the output for NHWC and HWIO shapes."""
+        rows, columns = (
+            (size + low + high - kernel) // stride + 1
+            for size, kernel, stride, (low, high) in zip(
+                input_shape[1:3], kernel_shape[:2], self.strides, self.padding, strict=True
+            )
+        )
+        return rows, columns
+
+
+class Lowering(NamedTuple):
+    """One way to compute a convolution and its two gradients, for float32 NHWC images and HWIO kernels.
+
+    Attributes:
+        supports: `(input_shape, kernel_shape, window) -> bool`; outside it the functions below may be wrong.
+        forward: `(x, kernel, window) -> y`.
+        input_gradient: `(dy, kernel, window, input_shape) -> dx`.
+        kernel_gradient: `(x, dy, window, kernel_shape) -> dkernel`.
+    """
+
+    supports: Callable[[Shape, Shape, Window], bool]
+    forward: Callable[[jax.Array, jax.Array, Window], jax.Array]
+    input_gradient: Callable[[jax.Array, jax.Array, Window, Shape], jax.Array]
+    kernel_gradient: Callable[[jax.Array, jax.Array, Window, Shape], jax.Array]

@@ -1,0 +1,279 @@
+"""Every lowering computes the convolution, its input gradient and its kernel gradient, within 2e-5."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from repvgg_jax.ops import conv_general_dilated
+from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.table import LOWERINGS, choose
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 32)
+TOLERANCE = 2e-5
+ONE = ((1, 1), (1, 1))
+NONE = ((0, 0), (0, 0))
+
+
+quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def problem(input_shape, kernel_shape, window, seed=0):
+    """Float32 x, kernel and dy; mean and scale away from 0 and 1, so that nothing cancels by luck."""
+    random = np.random.default_rng(seed)
+    x = random.normal(0.5, 2, input_shape)
+    kernel = random.normal(0.1, 1, kernel_shape)
+    dy = random.normal(-0.5, 1, (input_shape[0], *window.output_size(input_shape, kernel_shape), kernel_shape[-1]))
+    return [array.astype(np.float32) for array in (x, kernel, dy)]
+
+
+def truth(x, kernel, dy, window):
+    """y, dx and dkernel in float64, tap by tap, in NumPy: no compiler involved."""
+    x, kernel, dy = (array.astype(np.float64) for array in (x, kernel, dy))
+    (rows, columns), (down, across) = dy.shape[1:3], window.strides
+    (top, bottom), (left, right) = window.padding
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    y, dpadded, dkernel = np.zeros_like(dy), np.zeros_like(padded), np.zeros_like(kernel)
+    inside, out = kernel.shape[2], kernel.shape[3] // window.groups
+    for i, j, group in np.ndindex(*kernel.shape[:2], window.groups):
+        seen = np.s_[
+            :,
+            i : i + (rows - 1) * down + 1 : down,
+            j : j + (columns - 1) * across + 1 : across,
+            group * inside : (group + 1) * inside,
+        ]
+        made = np.s_[..., group * out : (group + 1) * out]
+        y[made] += padded[seen] @ kernel[i, j][made]
+        dpadded[seen] += dy[made] @ kernel[i, j][made].T
+        dkernel[i, j][made] = np.tensordot(padded[seen], dy[made], ((0, 1, 2), (0, 1, 2)))
+    return [y, dpadded[:, top : top + x.shape[1], left : left + x.shape[2]], dkernel]
+
+
+def by_lowering(lowering, x, kernel, dy, window):
+    @quickly_compiled
+    def run(x, kernel, dy):
+        return (
+            lowering.forward(x, kernel, window),
+            lowering.input_gradient(dy, kernel, window, x.shape),
+            lowering.kernel_gradient(x, dy, window, kernel.shape),
+        )
+
+    return run(x, kernel, dy)
+
+
+def by_table(x, kernel, dy, window, **options):
+    @quickly_compiled
+    def run(x, kernel, dy):
+        convolve = partial(
+            conv_general_dilated,
+            window_strides=window.strides,
+            padding=window.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=window.groups,
+            **options,
+        )
+        y, transpose = jax.vjp(convolve, x, kernel)
+        return y, *transpose(dy)
+
+    return run(x, kernel, dy)
+
+
+def errors(found, expected):
+    """The largest errors of y, dx and dkernel, relative to the largest entries."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == jnp.float32
+    return [
+        np.abs(np.asarray(ours, np.float64) - theirs).max() / max(np.abs(theirs).max(), 1e-30)
+        for ours, theirs in zip(found, expected, strict=True)
+    ]
+
+
+def assert_close(found, expected):
+    assert max(errors(found, expected)) < TOLERANCE, errors(found, expected)
+
+
+@st.composite
+def problems(draw, sides=(1, 3), strides=(1, 2), groups=(1, 1, 1, 2), unpadded=False):
+    """(input_shape, kernel_shape, window), non-empty output, groups that divide."""
+    side, count = draw(st.sampled_from(sides)), draw(st.sampled_from(groups))
+    steps = st.sampled_from(strides)
+    amounts = st.tuples(st.integers(0, 2), st.integers(0, 2))
+    usual = st.just(ONE if side == 3 else NONE)
+    padding = draw(usual if unpadded else st.one_of(usual, st.tuples(amounts, amounts)))
+    window = Window((draw(steps), draw(steps)), padding, count)
+    inside, out = (draw(st.sampled_from((2, 4, 16, 24))) for _ in range(2))
+    size = draw(st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)))
+    input_shape = (draw(st.integers(1, 3)), *size, inside)
+    kernel_shape = (side, side, inside // count, out)
+    assume(min(window.output_size(input_shape, kernel_shape)) > 0)
+    return input_shape, kernel_shape, window
+
+
+SUPPORTED = {
+    "plain": problems(),
+    "pointwise": problems(sides=(1,), groups=(1,), unpadded=True),
+    "im2col": problems(groups=(1,)),
+    "winograd_f2": problems(sides=(3,), strides=(1,), groups=(1,)),
+    "winograd_f4": problems(sides=(3,), strides=(1,), groups=(1,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "kernel_shape", "window"),
+    [
+        ((2, 8, 8, 4), (3, 3, 4, 6), Window((1, 1), ONE)),
+        ((2, 7, 8, 4), (3, 3, 2, 6), Window((2, 1), ((1, 2), (0, 1)), 2)),
+        ((2, 5, 5, 4), (1, 1, 4, 6), Window((2, 2))),
+    ],
+)
+def test_the_truth_is_that_of_lax_in_float64(input_shape, kernel_shape, window):
+    with jax.enable_x64(True):
+        arrays = [array.astype(np.float64) for array in problem(input_shape, kernel_shape, window)]
+        convolve = partial(
+            lax.conv_general_dilated,
+            window_strides=window.strides,
+            padding=window.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=window.groups,
+        )
+        y, transpose = jax.vjp(convolve, *arrays[:2])
+        for ours, theirs in zip(truth(*arrays, window), (y, *transpose(arrays[2])), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in LOWERINGS if name != "plain"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_lowering_is_the_convolution_on_every_map_size(name, size):
+    seen = 0
+    for side, stride in ((3, 1), (3, 2), (1, 1), (1, 2)):
+        window = Window((stride, stride), ONE if side == 3 else NONE)
+        shapes = (2, size, size, 16), (side, side, 16, 24)
+        if not LOWERINGS[name].supports(*shapes, window):
+            continue
+        arrays = problem(*shapes, window)
+        assert_close(by_lowering(LOWERINGS[name], *arrays, window), truth(*arrays, window))
+        seen += 1
+    assert seen > 0
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_every_lowering_is_the_convolution_wherever_it_says_it_is(name, data):
+    case = data.draw(SUPPORTED[name])
+    assume(LOWERINGS[name].supports(*case))
+    arrays = problem(*case)
+    assert_close(by_lowering(LOWERINGS[name], *arrays, case[2]), truth(*arrays, case[2]))
+
+
+@settings(max_examples=24, deadline=None, derandomize=True)
+@given(problems())
+def test_the_public_function_is_the_convolution(case):
+    arrays = problem(*case)
+    assert_close(by_table(*arrays, case[2]), truth(*arrays, case[2]))
+
+
+@pytest.mark.parametrize("name", [name for name in LOWERINGS if name != "pointwise"])
+def test_the_same_check_fails_on_a_padding_that_is_off_by_one(name):
+    """`((0, 2), (0, 2))` keeps every shape, and is the bug of `padding="SAME"` at stride 2."""
+    arrays = problem((2, 8, 8, 16), (3, 3, 16, 16), Window(padding=ONE))
+    shifted = Window(padding=((0, 2), (0, 2)))
+    assert LOWERINGS[name].supports((2, 8, 8, 16), (3, 3, 16, 16), shifted)
+    found = by_lowering(LOWERINGS[name], *arrays, shifted)
+    assert min(errors(found, truth(*arrays, Window(padding=ONE)))) > 0.1
+    assert_close(found, truth(*arrays, shifted))
+
+
+def test_winograd_at_realistic_width_stays_within_2e_5():
+    window = Window(padding=ONE)
+    for name in ("winograd_f2", "winograd_f4"):
+        arrays = problem((8, 8, 8, 192), (3, 3, 192, 192), window)
+        assert_close(by_lowering(LOWERINGS[name], *arrays, window), truth(*arrays, window))
+
+
+@pytest.mark.parametrize("exact", [{"precision": "highest"}, {"precision": (lax.Precision.HIGHEST,) * 2}])
+def test_highest_precision_never_takes_winograd(exact):
+    window = Window(padding=ONE)
+    shapes = (8, 8, 8, 80), (3, 3, 80, 80)
+    assert any("winograd" in name for name in choose(*shapes, window))
+    arrays = problem(*shapes, window)
+    expected = truth(*arrays, window)
+    assert max(errors(by_table(*arrays, window, **exact), expected)) < 1e-6
+    with jax.default_matmul_precision("float32"):
+        assert max(errors(by_table(*arrays, window), expected)) < 1e-6
+    assert max(errors(by_table(*arrays, window), expected)) > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_other_dtypes_are_plain_convolutions(dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        x, kernel = jnp.ones((2, 8, 8, 16), dtype), jnp.ones((3, 3, 16, 16), dtype)
+        found = conv_general_dilated(x, kernel, (1, 1), ONE, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        expected = lax.conv_general_dilated(x, kernel, (1, 1), ONE, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "SAME"},
+        {"padding": "VALID", "window_strides": (2, 2)},
+        {"padding": "SAME", "window_strides": (2, 1)},
+        {"padding": ((2, 2), (2, 2)), "rhs_dilation": (2, 2)},
+        {"padding": ((1, 1), (1, 1)), "lhs_dilation": (2, 2)},
+        {"padding": ((1, 1), (1, 1)), "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+        {"padding": ((1, 1), (1, 1)), "dimension_numbers": None},
+        {"padding": ((1, 1), (1, 1)), "batch_group_count": 2},
+        {"padding": ((1, 1), (1, 1)), "preferred_element_type": jnp.float32},
+    ],
+    ids=str,
+)
+def test_every_other_call_gives_what_lax_gives(options):
+    options = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+    channels_last = options["dimension_numbers"] == ("NHWC", "HWIO", "NHWC")
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 9, 9, 4) if channels_last else (2, 4, 9, 9)).astype(np.float32)
+    kernel = random.normal(size=(3, 3, 4, 6) if channels_last else (6, 4, 3, 3)).astype(np.float32)
+    found = conv_general_dilated(x, kernel, **options)
+    expected = lax.conv_general_dilated(x, kernel, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_negative_padding_goes_to_lax():
+    """By its equation: XLA:CPU itself reads outside the image there, now and then."""
+    x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    jaxpr = jax.make_jaxpr(
+        lambda x, kernel: conv_general_dilated(
+            x, kernel, (1, 1), ((-1, 1), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )(x, kernel)
+    assert [equation.primitive.name for equation in jaxpr.eqns] == ["conv_general_dilated"]
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "groups"),
+    [((2, 8, 8, 16), (3, 3, 8, 16), 1), ((2, 8, 8, 16), (3, 3, 5, 15), 3), ((2, 8, 16), (3, 3, 16, 16), 1)],
+)
+def test_wrong_shapes_raise_what_lax_raises(x, kernel, groups):
+    def call(convolve):
+        return convolve(
+            jnp.ones(x),
+            jnp.ones(kernel),
+            (1, 1),
+            ONE,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    with pytest.raises((ValueError, TypeError)) as expected:
+        call(lax.conv_general_dilated)
+    with pytest.raises(type(expected.value)) as found:
+        call(conv_general_dilated)
+    assert str(found.value) == str(expected.value)

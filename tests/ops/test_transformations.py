@@ -1,0 +1,167 @@
+"""The convolution and the batch norm under jit, grad, vmap, remat, eval_shape, export and a sharded batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from repvgg_jax.ops import batch_norm_train, conv_general_dilated
+from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.materialize import materialize
+from repvgg_jax.ops.table import LOWERINGS, choose
+
+ONE = ((1, 1), (1, 1))
+SHAPES = {
+    "winograd": ((8, 8, 8, 80), (3, 3, 80, 64), (1, 1), ONE),
+    "winograd, large map": ((8, 32, 32, 32), (3, 3, 32, 16), (1, 1), ONE),
+    "winograd, grouped": ((8, 16, 16, 64), (3, 3, 32, 48), (1, 1), ONE, 2),
+    "winograd, pair": ((8, 2, 2, 32), (3, 3, 32, 32), (1, 1), ONE),
+    "im2col": ((8, 4, 4, 32), (3, 3, 32, 48), (2, 2), ONE),
+    "plain, im2col": ((8, 32, 32, 32), (3, 3, 32, 48), (2, 2), ONE),
+    "pointwise": ((8, 8, 8, 32), (1, 1, 32, 48), (1, 1), ((0, 0), (0, 0))),
+    "pointwise, strided": ((8, 8, 8, 32), (1, 1, 32, 48), (2, 2), ((0, 0), (0, 0))),
+}
+cases = pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+
+
+def ours(x, kernel, strides, padding, groups=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers, feature_group_count=groups)
+
+
+def plain(x, kernel, strides, padding, groups=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers, feature_group_count=groups)
+
+
+def arrays(case, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.normal(0.3, 1, shape).astype(np.float32) for shape in case[:2]]
+
+
+def block(convolve, case):
+    """Convolution, batch norm, a loss that is not linear: what a train step is made of."""
+
+    def loss(x, kernel, scale, bias):
+        y = convolve(x, kernel, *case[2:])
+        y, mean, var = batch_norm_train(y, scale, bias, 1e-5)
+        return jnp.sin(y).mean() + mean.sum() + var.mean()
+
+    return loss
+
+
+def scale_and_bias(case):
+    return np.linspace(0.5, 2, case[1][-1], dtype=np.float32), np.linspace(-1, 1, case[1][-1], dtype=np.float32)
+
+
+def assert_close(found, expected, tolerance=2e-5):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+def test_the_cases_reach_every_lowering_of_the_table():
+    reached = {name for images, kernel, *rest in SHAPES.values() for name in choose(images, kernel, Window(*rest))}
+    assert reached == set(LOWERINGS) - {"winograd_f2"}
+
+
+@cases
+def test_the_gradient_of_a_block_is_that_of_the_plain_block(case):
+    inputs = (*arrays(case), *scale_and_bias(case))
+    found = jax.jit(jax.grad(block(ours, case), (0, 1, 2, 3)))(*inputs)
+    expected = jax.jit(jax.grad(block(plain, case), (0, 1, 2, 3)))(*inputs)
+    assert_close(found, expected, 1e-4)
+
+
+@cases
+def test_rematerialised_gradients_are_the_same(case):
+    inputs = (*arrays(case), *scale_and_bias(case))
+    found = jax.jit(jax.grad(jax.checkpoint(block(ours, case)), (0, 1, 2, 3)))(*inputs)
+    expected = jax.jit(jax.grad(block(ours, case), (0, 1, 2, 3)))(*inputs)
+    assert_close(found, expected)
+
+
+@cases
+def test_vmap_over_images_and_kernels_is_a_loop(case):
+    x, kernel = (np.stack(pair) for pair in zip(arrays(case), arrays(case, 1), strict=True))
+
+    def convolve(x, kernel):
+        return jnp.sin(ours(x, kernel, *case[2:])).sum()
+
+    step = jax.value_and_grad(convolve, (0, 1))
+    found = jax.jit(jax.vmap(step))(x, kernel)
+    expected = [jax.jit(step)(x[i], kernel[i]) for i in range(2)]
+    assert_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *expected), 1e-4)
+    shared = jax.jit(jax.vmap(convolve, (0, None)))(x, kernel[0])
+    np.testing.assert_allclose(shared[0], expected[0][0], rtol=1e-4)
+
+
+@cases
+def test_eval_shape_and_eager_calls_agree(case):
+    x, kernel = arrays(case)
+    y = ours(x, kernel, *case[2:])
+    promised = jax.eval_shape(lambda x, kernel: ours(x, kernel, *case[2:]), x, kernel)
+    assert (promised.shape, promised.dtype) == (y.shape, y.dtype)
+    assert_close(y, plain(x, kernel, *case[2:]))
+
+
+@cases
+def test_a_sharded_batch_gives_what_one_device_gives(case):
+    """Batch over 8 devices, parameters replicated; gradients and statistics are those of the whole batch."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, *parameters = (*arrays(case), *scale_and_bias(case))
+    x += np.arange(8, dtype=np.float32)[:, None, None, None]  # so that local statistics would differ
+    step = jax.jit(jax.value_and_grad(block(ours, case), (0, 1, 2, 3)))
+    expected = step(x, *parameters)
+    sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    replicated = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+    found = step(sharded, *replicated)
+    assert_close(found, expected, 1e-4)
+    text = step.lower(sharded, *replicated).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-to-all" not in text
+    assert "all-gather" not in text
+
+
+def test_materialize_keeps_a_residual_stack_from_recomputing_its_past():
+    """Without it, the loop of the sixth block reads the products of all six."""
+
+    def widest_loop(wall):
+        def stack(x, kernels):
+            for kernel in kernels:
+                x = wall(x)
+                x = jnp.maximum(x - x.mean((0, 1, 2)) + x @ kernel, 0)
+            return x
+
+        text = jax.jit(stack).lower(jnp.ones((4, 4, 4, 8)), [jnp.ones((8, 8))] * 6).compile().as_text()
+        return max(line.split("kind=kLoop")[0].count("%") for line in text.splitlines() if "kind=kLoop" in line)
+
+    assert widest_loop(materialize) <= 5
+    assert widest_loop(lambda x: x) > 10
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@cases
+def test_exports_for_accelerators_hold_plain_convolutions_only(case, platform):
+    x, kernel = arrays(case)
+
+    def step(x, kernel):
+        return jax.value_and_grad(lambda *both: jnp.sin(ours(*both, *case[2:])).sum(), (0, 1))(x, kernel)
+
+    text = str(jax.export.export(jax.jit(step), platforms=[platform])(x, kernel).mlir_module())
+    assert text.count("stablehlo.convolution") == 3
+    assert "dot_general" not in text
+    assert "inlineable" not in text
+
+
+@cases
+def test_an_export_for_cpu_and_cuda_runs_here(case):
+    x, kernel = arrays(case)
+    exported = jax.export.export(jax.jit(lambda x, kernel: ours(x, kernel, *case[2:])), platforms=["cpu", "cuda"])(
+        x, kernel
+    )
+    assert_close(exported.call(x, kernel), plain(x, kernel, *case[2:]))
