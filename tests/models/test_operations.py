@@ -1,0 +1,53 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from tests.random_variables import random_images, random_variables
+
+
+def small(ops):
+    return create_model(
+        "repvgg_a0", depths=(1, 2, 2, 1), width_multiplier=(0.5,) * 4, num_classes=5, strides=(1, 1, 2, 2, 2), ops=ops
+    )
+
+
+def training_gradients(model, variables, images):
+    def loss(params):
+        logits, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(logits**2), (logits, updates)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+
+@pytest.mark.usefixtures("float32")
+def test_fast_lowerings_change_neither_variables_nor_logits_nor_gradients_beyond_rounding():
+    images = random_images((32, 16, 16, 3), np.float32)
+    variables = random_variables(small("auto"), dtype=np.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, random_variables(small("xla"), dtype=np.float32))
+    fast, (fast_logits, fast_stats) = training_gradients(small("auto"), variables, images)
+    plain, (plain_logits, plain_stats) = training_gradients(small("xla"), variables, images)
+    np.testing.assert_allclose(fast_logits, plain_logits, atol=1e-4 * float(jnp.abs(plain_logits).max()))
+    chex.assert_trees_all_close(fast_stats, plain_stats, rtol=1e-4, atol=1e-4)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(plain)[0]:
+        found = fast
+        for entry in path:
+            found = found[entry.key]
+        scale = float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(found, leaf, atol=5e-3 * scale + 1e-3, err_msg=jax.tree_util.keystr(path))
+
+
+def test_with_xla_a_tracer_sees_plain_convolutions():
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    variables = random_variables(small("xla"), dtype=np.float32)
+
+    def primitives(ops):
+        jaxpr = jax.make_jaxpr(lambda x: small(ops).apply(variables, x, train=False))(images)
+        return [equation.primitive.name for equation in jaxpr.eqns]
+
+    # six blocks: a 3×3 and a 1×1 convolution each, besides the stem's two
+    assert primitives("xla").count("conv_general_dilated") == 2 * 7
+    assert "custom_vjp_call" not in primitives("xla")
+    assert primitives("auto").count("conv_general_dilated") < 2 * 7
