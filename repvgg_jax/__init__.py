@@ -2,10 +2,12 @@
 
 from repvgg_jax.models import VARIANTS, RepVGG, create_model, fuse_model, summarize
 from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
+from repvgg_jax.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
     "VARIANTS",
     "RepVGG",
+    "__version__",
     "branch_rule",
     "create_model",
     "first_match",

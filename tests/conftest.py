@@ -1,7 +1,12 @@
 import os
+import tempfile
 
 # Eight virtual devices let one machine test what a pod does; set before JAX starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The same small networks are compiled by many tests: once a session is enough.
+_CACHE = tempfile.TemporaryDirectory(prefix="repvgg_jax-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest

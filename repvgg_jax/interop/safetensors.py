@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.version import VERSION
 
 _FORMAT = "repvgg_jax deploy 1"
 
@@ -89,12 +90,18 @@ def save_deploy(
         "depths": model.depths,
         "width_multiplier": model.width_multiplier,
         "epsilon": model.epsilon,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "versions": {
+            "repvgg_jax": VERSION,
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        },
     }
     metadata = {key: json.dumps(value) for key, value in fields.items()}
     partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(tensors, partial, {"format": _FORMAT, "variant": variant, **metadata})
-    partial.replace(path)
+    try:
+        safetensors.numpy.save_file(tensors, partial, {"format": _FORMAT, "variant": variant, **metadata})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_deploy(path: str | os.PathLike[str]) -> Deployed:

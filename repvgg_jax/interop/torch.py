@@ -69,8 +69,8 @@ def from_state_dict(model: RepVGG, state_dict: Mapping[str, Any]) -> dict[str, A
         if not key.endswith("num_batches_tracked"):
             found[key] = value
     layout: Layout = "timm" if any(key.startswith("stem.") for key in found) else "official"
-    stem = [np.shape(found[key])[1] for key in _stem_keys(model, layout) if key in found]
-    template = _template(model, in_channels=stem[0] if stem else 3)
+    stems = [np.shape(found[key]) for key in _stem_keys(model, layout) if key in found]
+    template = _template(model, in_channels=next((shape[1] for shape in stems if len(shape) == 4), 3))
     problems, leaves = [], []
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     expected = set()
@@ -110,15 +110,25 @@ def to_state_dict(model: RepVGG, variables: Mapping[str, Any], layout: Layout = 
       timm load strictly.
 
     Raises:
-      ValueError: an unknown layout, or a network that timm does not have (RepVGGplus).
+      ValueError: an unknown layout, a network that timm does not have (RepVGGplus), or variables that are not the
+        model's; every path that is missing, unexpected or mis-shaped is named.
     """
     if layout not in _CHILDREN:
         raise ValueError(f"unknown layout {layout!r}: expected 'official' or 'timm'")
+    leaves = _by_path({key: variables[key] for key in ("params", "batch_stats") if key in variables})
+    stems = [np.shape(leaves[path]) for path in _STEMS if path in leaves]
+    template = _by_path(_template(model, in_channels=next((s[2] for s in stems if len(s) == 4), 3)))
+    problems = [
+        f"{'/'.join(path)} is {np.shape(leaves[path]) if path in leaves else 'missing'}, expected "
+        f"{template[path].shape if path in template else 'nothing'}"
+        for path in {**template, **leaves}
+        if path not in leaves or path not in template or np.shape(leaves[path]) != template[path].shape
+    ]
+    if problems:
+        form = "deploy" if model.deploy else "training"
+        raise ValueError(f"the variables are not those of this model ({form} form):\n  " + "\n  ".join(problems))
     state_dict = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(
-        {key: variables[key] for key in ("params", "batch_stats") if key in variables}
-    )[0]:
-        names = tuple(entry.key for entry in path)
+    for names, leaf in leaves.items():
         key = torch_key(model, names, layout)
         state_dict[key] = np.ascontiguousarray(_to_torch_layout(names, np.asarray(leaf)))
         if names[-1] == "var":
@@ -171,9 +181,15 @@ def _block_name(model: RepVGG, unit: str, layout: Layout) -> str:
     return f"stage3_first.blocks.{number - 1}" if number <= first else f"stage3_second.blocks.{number - 1 - first}"
 
 
+_STEMS = (("params", "stem", "reparam", "kernel"), ("params", "stem", "branch_3x3", "conv", "kernel"))
+
+
 def _stem_keys(model: RepVGG, layout: Layout) -> list[str]:
-    children = (("reparam",), ("branch_3x3", "conv"))
-    return [torch_key(model, ("params", "stem", *child, "kernel"), layout) for child in children]
+    return [torch_key(model, path, layout) for path in _STEMS]
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _template(model: RepVGG, in_channels: int) -> Any:

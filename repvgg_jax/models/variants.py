@@ -91,7 +91,8 @@ def create_model(
       dtype: of the computation, e.g. `jnp.bfloat16`.
       param_dtype: of parameters and statistics.
       remat: trade time for memory in the backward pass.
-      ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere.
+      ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere; forward-mode and second
+        derivatives need "xla".
 
     Returns:
       The Flax module. `model.init(key, images, train=False)` makes its variables.
@@ -114,6 +115,11 @@ def create_model(
         raise ValueError(f"strides are {tuple(strides)}: expected five, each 1 or 2, for the stem and stage1…stage4")
     if len(variant.depths) != 4 or any(depth < 1 for depth in variant.depths):
         raise ValueError(f"depths are {variant.depths}: expected four, each at least 1, for stage1…stage4")
+    if variant.auxiliary_heads and variant.depths[2] < 2:
+        raise ValueError(
+            f"depths are {variant.depths}: expected at least 2 blocks in stage 3, since an auxiliary head sits at its "
+            "half"
+        )
     if len(variant.width_multiplier) != 4 or any(factor <= 0 for factor in variant.width_multiplier):
         raise ValueError(
             f"width_multiplier is {variant.width_multiplier}: expected four positive factors for stage1…stage4"

@@ -51,11 +51,12 @@ def branch_rule(
     conv: str = "conv",
     norm: str = "bn",
     epsilon: float = 1e-5,
+    all_required: bool = False,
 ) -> Rule:
     """Build the rule for blocks of parallel convolution + batch-norm branches from the names they carry.
 
     A node is a block where it holds at least one of `convolutions`, itself a node with the children `conv`
-    (`kernel`, perhaps `bias`) and, in params or in batch_stats, `norm`. All branches are folded, padded to the
+    (`kernel`, perhaps `bias`) and `norm` (in params, in batch_stats, or both). All branches are folded, padded to the
     largest kernel and summed; other children of the node (squeeze-excite, say) pass through untouched.
 
     Args:
@@ -65,11 +66,12 @@ def branch_rule(
       conv: the name of the convolution inside a branch.
       norm: the name of the batch norm inside a branch.
       epsilon: of every batch norm in the block.
+      all_required: whether a block must have all of `convolutions`.
 
     Returns:
       The rule. It raises a ValueError that says what was found and expected where a block is malformed:
-      kernels that are not rank 4, shapes that do not belong together, missing statistics, statistics that are
-      not finite, negative variances.
+      branches that lack a part, kernels that are not rank 4, shapes that do not belong together, missing
+      statistics, statistics that are not finite, negative variances.
 
     Example:
       >>> timm_like = branch_rule(("conv_kxk", "conv_1x1"), identity="identity", into="reparam_conv")
@@ -78,9 +80,13 @@ def branch_rule(
     """
 
     def rule(path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-        present = [name for name in convolutions if _is_branch(params.get(name), batch_stats.get(name), conv, norm)]
-        if not present:
+        if not any(_has_convolution(params.get(name), conv) for name in convolutions):
             return None
+        present = [name for name in convolutions if name in params]
+        if all_required and len(present) < len(convolutions):
+            raise ValueError(f"found the branches {', '.join(present)}, expected {', '.join(convolutions)}")
+        for name in present:
+            _check_branch(name, params[name], batch_stats.get(name, {}), conv, norm)
         consumed = set(present)
         if identity is not None and (identity in params or identity in batch_stats):
             consumed.add(identity)
@@ -113,10 +119,9 @@ def branch_rule(
             in_channels, out_channels = branches[0].kernel.shape[2:]
             statistics = lifted_stats.get(identity, {})
             mean = statistics.get("mean", branches[0].bias)
-            channels = mean.shape[-1]
-            if channels != out_channels or out_channels % in_channels:
+            if mean.shape != (out_channels,) or out_channels % in_channels:
                 raise ValueError(
-                    f"{identity} normalises {channels} channels beside a kernel "
+                    f"{identity} normalises {tuple(mean.shape)} channels beside a kernel "
                     f"{tuple(branches[0].kernel.shape)}: expected as many channels as the kernel puts out, and "
                     "in/groups to divide them"
                 )
@@ -144,7 +149,13 @@ def repvgg_rule(epsilon: float = 1e-5) -> Rule:
 
     Auxiliary heads serve training only; the deploy form has none (official repository, `repvggplus.py`).
     """
-    block = branch_rule(("branch_3x3", "branch_1x1"), identity="branch_identity", into="reparam", epsilon=epsilon)
+    block = branch_rule(
+        ("branch_3x3", "branch_1x1"),
+        identity="branch_identity",
+        into="reparam",
+        epsilon=epsilon,
+        all_required=True,
+    )
     return first_match(block, _drop_auxiliary_head)
 
 
@@ -157,11 +168,18 @@ def _drop_auxiliary_head(path: Path, params: Tree, batch_stats: Tree) -> Replace
     return None
 
 
-def _is_branch(params: Any, batch_stats: Any, conv: str, norm: str) -> bool:
-    if not isinstance(params, Mapping) or not isinstance(params.get(conv), Mapping):
-        return False
-    has_norm = norm in params or (isinstance(batch_stats, Mapping) and norm in batch_stats)
-    return "kernel" in params[conv] and has_norm
+def _has_convolution(branch: Any, conv: str) -> bool:
+    return isinstance(branch, Mapping) and isinstance(branch.get(conv), Mapping) and "kernel" in branch[conv]
+
+
+def _check_branch(name: str, branch: Any, statistics: Any, conv: str, norm: str) -> None:
+    if not isinstance(branch, Mapping) or not isinstance(statistics, Mapping):
+        raise ValueError(f"{name} is an array, expected a mapping with {conv}/kernel and {norm}")
+    if not _has_convolution(branch, conv) or (norm not in branch and norm not in statistics):
+        raise ValueError(
+            f"{name} has the children {sorted(branch)} in params and {sorted(statistics)} in batch_stats, expected "
+            f"{conv}/kernel and {norm}"
+        )
 
 
 def _fold(name: str, kernel: Any, conv_bias: Any, affine: Tree, statistics: Tree, epsilon: float) -> Convolution:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from repvgg_jax.reparam.rules import Path, Rule, Tree, repvgg_rule
 
@@ -89,6 +90,9 @@ def fuse_with(rule: Rule, variables: Variables) -> Variables:
                 new_params[key] = child
                 continue
             old_stats = batch_stats.get(key, {})
+            if not isinstance(old_stats, Mapping):
+                problems.append(f"{'/'.join((*path, key))}: batch_stats hold an array here, params a mapping")
+                continue
             child_params, child_stats = walk((*path, key), child, old_stats)
             if child_params or not child:
                 new_params[key] = _as(child, child_params)
@@ -125,21 +129,27 @@ def _check_variables(variables: Any) -> None:
             f"expected variables, a mapping with the key 'params' (and 'batch_stats'), found {found}; pass "
             "{'params': state.params, 'batch_stats': state.batch_stats}"
         )
-    boxed = []
+    problems: list[str] = []
     for name in ("params", "batch_stats"):
-        leaves = jax.tree_util.tree_flatten_with_path(
-            variables.get(name, {}), is_leaf=lambda node: hasattr(node, "unbox")
-        )[0]
-        boxed += [
-            f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}"
-            for path, leaf in leaves
-            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
-        ]
-    if boxed:
+        _find_problems(name, variables.get(name, {}), problems)
+    if problems:
         raise ValueError(
-            "expected arrays as leaves, found: " + "; ".join(boxed) + "; take boxes off first, with "
-            "flax.linen.meta.unbox(variables)"
+            "expected nested mappings with string keys and arrays as leaves, found: " + "; ".join(problems) + "; take "
+            "boxes off with flax.linen.meta.unbox(variables), trace shapes with jax.eval_shape(fuse, variables)"
         )
+
+
+def _find_problems(path: str, node: Any, problems: list[str]) -> None:
+    if isinstance(node, Mapping):
+        for key, child in node.items():
+            if isinstance(key, str):
+                _find_problems(f"{path}/{key}", child, problems)
+            else:
+                problems.append(f"{path} has the key {key!r}")
+    elif not isinstance(node, jax.Array | np.ndarray):
+        problems.append(f"{path} is a {type(node).__name__}")
+    elif path == "batch_stats":
+        problems.append("batch_stats is an array")
 
 
 def _nothing_found(params: Tree) -> str:

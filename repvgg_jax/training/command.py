@@ -21,6 +21,10 @@ from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run_directory import fuse_run
 
 _USAGE_ERROR = 2
+_FUSE_DESCRIPTION = (
+    "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
+    "deploy.safetensors. Exits with 1 where they are not."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ def fuse_command(arguments: list[str]) -> int:
     """Run `fuse.py`; arguments and exit status as for `train_command`."""
 
     def run() -> None:
-        parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=__doc__)
+        parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
         fuse_run(parsed.run_dir, data_dir=parsed.data_dir, check_only=parsed.check_only)
         if not parsed.check_only:
             print(f"\nweights: {parsed.run_dir / 'deploy.safetensors'}")
@@ -95,8 +99,9 @@ def _guard(run: Callable[[], None]) -> int:
         run()
     except (TrainingDivergedError, EquivalenceError) as error:
         return _fail(str(error), status=1)
-    except (ValueError, FileNotFoundError) as error:
-        return _fail(str(error))
+    except (ValueError, OSError) as error:
+        system = isinstance(error, OSError) and error.errno is not None
+        return _fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}")
     return 0
 
 
@@ -110,7 +115,7 @@ def _summary(config: TrainConfig) -> str:
     try:
         dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
         classes, channels, note = dataset.num_classes, dataset.channels, ""
-    except (ValueError, FileNotFoundError):
+    except FileNotFoundError:
         classes, channels = 1000, 3
         note = f"\n\n{config.dataset} is not at hand: counted with {classes} classes and {channels} channels"
     summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.training.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the config as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:

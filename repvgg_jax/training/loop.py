@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,7 +21,13 @@ from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.metrics import MetricsLog
 from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from repvgg_jax.training.run_directory import finish, open_data, test_batches
+from repvgg_jax.training.run_directory import (
+    check_data_record,
+    finish,
+    open_data,
+    save_data_record,
+    test_batches,
+)
 from repvgg_jax.training.steps import (
     TrainState,
     abstract_batch,
@@ -29,6 +36,7 @@ from repvgg_jax.training.steps import (
     create_state,
     make_eval_step,
     make_train_step,
+    require_divisible,
     shard_batch,
 )
 
@@ -49,6 +57,8 @@ class TrainingDivergedError(RuntimeError):
 def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> Result:
     """Train a RepVGG, fuse it, prove the two forms equal, and write a run directory.
 
+    One process, with all its devices.
+
     Args:
       config: e.g. `dataclasses.replace(PRESETS["digits"], epochs=1)`.
       workdir: the run directory; made if it does not exist. An unfinished run of the same config in it is resumed
@@ -65,12 +75,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     """
     workdir = Path(workdir)
     mesh = create_mesh()
-    for field in ("batch_size", "eval_batch_size"):
-        if getattr(config, field) % mesh.size:
-            raise ValueError(
-                f"{field} is {getattr(config, field)}: expected a multiple of the {mesh.size} devices, e.g. "
-                f"{math.ceil(getattr(config, field) / mesh.size) * mesh.size}"
-            )
+    require_divisible(config, mesh, "batch_size", "eval_batch_size")
     config, dataset = open_data(config)
     steps_per_epoch = len(dataset.train) // config.batch_size
     if not steps_per_epoch:
@@ -78,7 +83,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
             f"batch_size is {config.batch_size}: expected at most {len(dataset.train)}, the images in the training "
             f"split of {config.dataset}"
         )
-    _claim(workdir, config)
+    _claim(workdir, config, dataset)
     run = _Run(config, dataset, steps_per_epoch, mesh)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         state, history = run.train(workdir, checkpoints)
@@ -86,15 +91,19 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     return Result(workdir, state, comparison, history)
 
 
-def _claim(workdir: Path, config: TrainConfig) -> None:
-    """Make the run directory, or see that the run in it has the same config."""
+def _claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
+    """Make the run directory, or see that the run in it has the same config and data."""
     path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file: name a new directory")
     if not path.exists():
         if workdir.exists() and any(workdir.iterdir()):
             raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
         workdir.mkdir(parents=True, exist_ok=True)
+        save_data_record(workdir, dataset)
         config.save(path)
         return
+    check_data_record(workdir, dataset)
     earlier = dataclasses.asdict(TrainConfig.load(path))
     # Where the data lie is no part of the result.
     differing = [
@@ -144,6 +153,7 @@ class _Run:
         total = config.epochs * self.steps_per_epoch
         self._introduce(workdir, done, compile_seconds)
         with (
+            contextlib.closing(iterator),
             MetricsLog(workdir, resume_epoch=done) as log,
             tqdm(total=total, initial=int(state.step), unit="step", disable=None, dynamic_ncols=True) as bar,
         ):
@@ -152,6 +162,8 @@ class _Run:
                 state, train_metrics = self._train_epoch(train_step, state, iterator, epoch, bar)
                 train_seconds = time.perf_counter() - start
                 test_metrics = self._evaluate(state)
+                # The last step's update is in no training loss yet, and must not reach a checkpoint broken.
+                self._require_finite(test_metrics["loss"], f"the end of epoch {epoch}")
                 line = {
                     "epoch": epoch,
                     "step": int(state.step),
@@ -199,18 +211,20 @@ class _Run:
             if now - shown > 0.5 or done == self.steps_per_epoch:
                 shown = now
                 values = {name: float(value) for name, value in metrics[done - 1].items()}
-                if not math.isfinite(values["loss"]):
-                    raise TrainingDivergedError(
-                        f"the loss is {values['loss']} at epoch {epoch}, step {done}: lower learning_rate "
-                        f"(={self.config.learning_rate}) or raise warmup_epochs (={self.config.warmup_epochs}); the "
-                        "checkpoints before are whole"
-                    )
+                self._require_finite(values["loss"], f"epoch {epoch}, step {done}")
                 bar.set_postfix_str(
                     f"epoch {epoch}, loss {values['loss']:.3f}, accuracy {values['accuracy']:.3f}, "
                     f"{done * self.config.batch_size / (now - start):,.0f} images/s",
                     refresh=False,
                 )
         return state, {name: float(np.mean([m[name] for m in jax.device_get(metrics)])) for name in metrics[0]}
+
+    def _require_finite(self, loss: float, where: str) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"the loss is {loss} at {where}: lower learning_rate (={self.config.learning_rate}) or raise "
+                f"warmup_epochs (={self.config.warmup_epochs}); the checkpoints before are whole"
+            )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         results = [

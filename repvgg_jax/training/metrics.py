@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from repvgg_jax.training.files import write_whole
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard's event files of a run directory.
@@ -20,8 +22,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, resume_epoch: int = 0):
         self._path = workdir / "metrics.jsonl"
         self.history = [line for line in read_metrics(workdir) if line["epoch"] <= resume_epoch]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        purge = int(self.history[-1]["step"]) + 1 if self.history else None
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.history))
+        purge = int(self.history[-1]["step"]) + 1 if self.history else 0
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
     def __enter__(self) -> MetricsLog:
@@ -42,6 +44,20 @@ class MetricsLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """Read the lines of a run's `metrics.jsonl`; none where there is no such file."""
+    """Read the lines of a run's `metrics.jsonl`; none where there is no such file.
+
+    A last line that was cut off when the run was killed is passed over.
+
+    Raises:
+      ValueError: another line is damaged.
+    """
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    texts = path.read_text().splitlines() if path.exists() else []
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise ValueError(f"{path} line {number} is damaged ({error}): remove that line") from None
+    return lines

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
+from repvgg_jax.training.files import write_whole
 
 
 def write_report(
@@ -47,13 +48,14 @@ def write_report(
     text = f"""# {config.variant} on {config.dataset}
 
 Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.epochs} epochs
-({seconds:,.0f} s of training and evaluation, without compilation) on {jax.device_count()} × {device.device_kind}.
+({seconds:,.0f} s of training and evaluation, without compiling the training step).
 
 ## Training form and deploy form
 
 {comparison.table("github")}
 
-Both forms saw the whole test split in float32. The deploy form is what `deploy.safetensors` holds.
+Both forms saw the whole test split in float32 with float32 products, on {jax.device_count()} × {device.device_kind}.
+The deploy form is what `deploy.safetensors` holds.
 
 ![distribution of the logit differences](differences.png)
 
@@ -74,5 +76,5 @@ Training figures are averages over an epoch, on augmented images and smoothed ta
 {versions}, Python {platform.python_version()}
 """
     path = workdir / "report.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from repvgg_jax.models import RepVGG
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.files import write_whole
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
-from repvgg_jax.training.steps import abstract_state, create_mesh
+from repvgg_jax.training.steps import abstract_state, create_mesh, require_divisible
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
@@ -38,6 +40,36 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
             f"channel of {config.dataset}"
         )
     return config, dataset
+
+
+def save_data_record(workdir: Path, dataset: ImageDataset) -> None:
+    """Write `dataset.json`: what a later look at the run must find again."""
+    write_whole(workdir / "dataset.json", json.dumps(_data_record(dataset), indent=2) + "\n")
+
+
+def check_data_record(workdir: Path, dataset: ImageDataset) -> None:
+    """Raise a ValueError where the data set is not the one that the run began with."""
+    path = workdir / "dataset.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    changed = [
+        f"{name} was {earlier.get(name)}, is {value}"
+        for name, value in _data_record(dataset).items()
+        if earlier.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the data are not those of the run in {workdir} ({'; '.join(changed)}): give it the old data, or train "
+            "anew"
+        )
+
+
+def _data_record(dataset: ImageDataset) -> dict[str, Any]:
+    return {
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
+        "channels": dataset.channels,
+        "class_names": list(dataset.class_names),
+    }
 
 
 def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
@@ -122,8 +154,10 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
         config = dataclasses.replace(config, data_dir=data_dir)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
-    config, dataset = open_data(config)
     mesh = create_mesh()
+    require_divisible(config, mesh, "eval_batch_size")
+    config, dataset = open_data(config)
+    check_data_record(workdir, dataset)
     model = config.create_model(dataset.num_classes)
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:

@@ -39,6 +39,17 @@ def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices or jax.devices()), ("data",))
 
 
+def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
+    """Raise a ValueError unless the mesh divides the config's batch sizes."""
+    for field in fields:
+        size = getattr(config, field)
+        if size % mesh.size:
+            raise ValueError(
+                f"{field} is {size}: expected a multiple of the {mesh.size} devices, "
+                f"e.g. {-(-size // mesh.size) * mesh.size}"
+            )
+
+
 def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """Put this process's rows of a batch on its devices; the result is the global batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))

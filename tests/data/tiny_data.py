@@ -20,9 +20,14 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def write_tfds(
-    data_dir: Path, splits: dict[str, list[tuple[bytes, int]]], *, features=None, num_classes: int = 5
+    data_dir: Path,
+    splits: dict[str, list[tuple[bytes, int]]],
+    *,
+    features=None,
+    num_classes: int = 5,
+    called: str = "tiny",
 ) -> Path:
-    """Prepares a TFDS data set called `tiny`; returns its version directory."""
+    """Prepares a TFDS data set; returns its version directory."""
     import tensorflow_datasets as tfds
 
     from repvgg_jax.data.digits import _quiet
@@ -33,7 +38,7 @@ def write_tfds(
     }
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = "tiny"
+        name = called
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):

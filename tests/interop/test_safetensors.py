@@ -42,8 +42,19 @@ def test_metadata_tell_a_reader_without_this_package_what_it_needs(deployed):
     assert set(metadata) >= {"strides", "image_size", "mean", "std", "num_classes", "versions"}
 
 
-def test_nothing_half_written_is_left(deployed):
-    assert [path.name for path in deployed[0].parent.iterdir()] == ["deploy.safetensors"]
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_half_written(deployed, monkeypatch):
+    path, model, variables = deployed
+    before = path.read_bytes()
+
+    def fail(tensors, partial, metadata):
+        partial.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_deploy(path, "repvgg_b1g2", model, variables, PREPROCESS)
+    assert [file.name for file in path.parent.iterdir()] == ["deploy.safetensors"]
+    assert path.read_bytes() == before
 
 
 def test_a_missing_file_is_named(tmp_path):

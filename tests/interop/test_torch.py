@@ -158,3 +158,25 @@ def test_layouts_that_do_not_exist_are_refused():
         to_state_dict(plus, variables, "timm")
     with pytest.raises(ValueError, match="unknown layout 'keras'"):
         to_state_dict(plus, variables, "keras")
+
+
+def test_variables_of_another_model_are_refused_by_path():
+    variables = random_variables(small(), dtype=np.float32)
+    with pytest.raises(
+        ValueError, match=r"(?s)not those of this model \(deploy form\).*stem/reparam/kernel is missing"
+    ):
+        to_state_dict(small(deploy=True), variables)
+    variables["params"]["extra"] = {"kernel": np.ones((2, 2))}
+    variables["params"]["head"]["bias"] = np.ones(7)
+    with pytest.raises(
+        ValueError, match=r"(?s)head/bias is \(7,\), expected \(5,\).*extra/kernel is .*expected nothing"
+    ):
+        to_state_dict(small(), variables)
+
+
+def test_a_kernel_of_another_rank_is_named():
+    model = small()
+    state_dict = to_state_dict(model, random_variables(model, dtype=np.float32))
+    state_dict["stage0.rbr_dense.conv.weight"] = np.ones(4)
+    with pytest.raises(ValueError, match=r"stage0.rbr_dense.conv.weight has shape \(4,\), expected \(16, 3, 3, 3\)"):
+        from_state_dict(model, state_dict)

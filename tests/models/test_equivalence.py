@@ -45,6 +45,7 @@ def test_fuse_preserves_logits_to_rounding_in_float32(name):
     found = deploy_model.apply(deploy_variables, images, train=False)
     assert found.dtype == np.float32
     assert_equivalent(expected, found, rtol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.usefixtures("float64")

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model
+from repvgg_jax import create_model, fuse_model
+from repvgg_jax.reparam import assert_equivalent
 from tests.random_variables import random_images, random_variables
 
 
@@ -51,3 +52,13 @@ def test_with_xla_a_tracer_sees_plain_convolutions():
     assert primitives("xla").count("conv_general_dilated") == 2 * 7
     assert "custom_vjp_call" not in primitives("xla")
     assert primitives("auto").count("conv_general_dilated") < 2 * 7
+
+
+@pytest.mark.usefixtures("float32")
+def test_fuse_preserves_logits_and_predictions_with_the_fast_lowerings_too():
+    images = random_images((32, 16, 16, 3), np.float32)
+    variables = random_variables(small("auto"), dtype=np.float32)
+    deploy_model, deploy_variables = fuse_model(small("auto"), variables)
+    expected = jax.jit(lambda v, x: small("auto").apply(v, x, train=False))(variables, images)
+    found = jax.jit(lambda v, x: deploy_model.apply(v, x, train=False))(deploy_variables, images)
+    assert_equivalent(expected, found, rtol=2e-5)

@@ -42,6 +42,7 @@ def test_official_spelling_of_a_name_works(name):
             dict(name="repvgg_b1g4", width_multiplier=(0.1, 1, 1, 1)),
             r"\(6, 6, 128, 256, 512\).*multiples of 4",
         ),
+        (dict(name="repvggplus_l2pse", depths=(1, 1, 1, 1)), "expected at least 2 blocks in stage 3"),
         (dict(num_classes=0), "num_classes is 0: expected at least 1"),
     ],
 )

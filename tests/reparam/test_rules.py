@@ -137,3 +137,18 @@ def test_numpy_variables_come_back_as_numpy():
     kernel = fuse_with(timm_like(), variables)["params"]["a"]["reparam_conv"]["kernel"]
     assert isinstance(kernel, np.ndarray)
     assert kernel.dtype == np.float32
+
+
+@pytest.mark.usefixtures("float64")
+def test_official_names_are_one_rule_away():
+    images = random_images((2, 8, 8, 8))
+    net = ForeignNet({})
+    variables = draw(net, images)
+    names = {"conv_kxk": "rbr_dense", "conv_1x1": "rbr_1x1", "identity": "rbr_identity"}
+    renamed = {
+        kind: {**tree, "stages_0": {names.get(key, key): value for key, value in tree["stages_0"].items()}}
+        for kind, tree in variables.items()
+    }
+    official_like = branch_rule(("rbr_dense", "rbr_1x1"), identity="rbr_identity", into="rbr_reparam", epsilon=EPSILON)
+    fused = fuse_with(official_like, renamed)["params"]["stages_0"]["rbr_reparam"]
+    chex.assert_trees_all_equal(fused, fuse_with(timm_like(), variables)["params"]["stages_0"]["reparam_conv"])

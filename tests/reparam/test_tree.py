@@ -222,9 +222,9 @@ def branch_stats(**leaves):
         (lambda: block({"branch_1x1": {"conv": {"kernel": jnp.ones((1, 1, 8, 16))}, "bn": {}}}),
          r"stage1_block1: the kernels of the branches are .*expected the same in/groups"),
         (lambda: block(stats={"branch_identity": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}),
-         r"stage1_block1: branch_identity normalises 4 channels beside a kernel \(3, 3, 16, 16\)"),
+         r"stage1_block1: branch_identity normalises \(4,\) channels beside a kernel \(3, 3, 16, 16\)"),
         (lambda: block({"branch_3x3": {"conv": {"kernel": nn.Partitioned(jnp.ones((3, 3, 16, 16)), (None,) * 4)}}}),
-         r"params\['stage1_block1'\]\['branch_3x3'\].*is a Partitioned.*unbox"),
+         r"params/stage1_block1/branch_3x3/conv/kernel is a Partitioned.*unbox"),
     ],
     ids=["no_block", "params_alone", "not_a_mapping", "fused_already", "not_finite", "negative_variance",
          "statistics_missing", "wrong_length", "scanned", "even_kernel", "channels_differ", "identity_channels",
@@ -240,3 +240,58 @@ def test_every_broken_block_is_named_in_one_error():
     variables["batch_stats"]["stage2_block1"]["branch_1x1"]["bn"]["mean"] = jnp.full(32, jnp.inf)
     with pytest.raises(ValueError, match=r"(?s)stage1_block1: .*stage2_block1: "):
         fuse(variables)
+
+
+def remove(variables, *path):
+    *parents, last = path
+    for key in parents:
+        variables = variables[key]
+    del variables[last]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("branch_3x3",), "found the branches branch_1x1, expected branch_3x3, branch_1x1"),
+        (("branch_3x3", "conv"), r"branch_3x3 has the children \['bn'\] in params"),
+    ],
+)
+def test_a_block_without_one_of_its_branches_is_refused_and_not_half_fused(path, message):
+    variables = block()
+    remove(variables["params"]["stage1_block1"], *path)
+    with pytest.raises(ValueError, match=f"stage1_block1: {message}"):
+        fuse(variables)
+
+
+def test_a_branch_without_its_norm_is_refused():
+    variables = block()
+    for collection in variables.values():
+        remove(collection["stage1_block1"]["branch_3x3"], "bn")
+    with pytest.raises(
+        ValueError, match=r"branch_3x3 has the children \['conv'\] in params .*expected conv/kernel and bn"
+    ):
+        fuse(variables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {**v, "params": {"blocks": [v["params"]["stem"]]}}, "params/blocks is a list"),
+        (lambda v: {**v, "params": {**v["params"], 3: {}}}, "params has the key 3"),
+        (lambda v: {**v, "batch_stats": None}, "batch_stats is a NoneType"),
+        (lambda v: {**v, "batch_stats": jnp.ones(3)}, "batch_stats is an array"),
+        (lambda v: {**v, "batch_stats": {**v["batch_stats"], "head": jnp.ones(3)}}, "head: batch_stats hold an array"),
+        (lambda v: jax.eval_shape(lambda: v), "is a ShapeDtypeStruct.*eval_shape"),
+        (lambda v: {**v, "params": {**v["params"], "temperature": 1.0}}, "params/temperature is a float"),
+    ],
+    ids=["list", "integer_key", "none", "array", "array_beside_mapping", "shapes", "scalar"],
+)
+def test_trees_that_are_not_variables_are_refused_by_path(change, message):
+    with pytest.raises(ValueError, match=message):
+        fuse(change(block()))
+
+
+def test_a_scalar_where_statistics_are_expected_is_refused():
+    statistics = {"branch_identity": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
+    with pytest.raises(ValueError, match=r"branch_identity normalises \(\) channels"):
+        fuse(block(stats=statistics))

@@ -4,10 +4,11 @@ import shutil
 import chex
 import pytest
 
-from repvgg_jax import fuse_model
+from repvgg_jax import fuse, fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training import comparison, fuse_run
+from repvgg_jax.training.command import fuse_command
 
 
 @pytest.fixture
@@ -33,12 +34,13 @@ def test_check_only_writes_nothing(copy):
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_a_wrong_epsilon_is_refused_and_nothing_is_saved(copy, monkeypatch):
+@pytest.mark.parametrize("epsilon", [0.0, 1e-4, 1e-3])
+def test_a_wrong_epsilon_is_refused_and_nothing_is_saved(copy, monkeypatch, epsilon):
     (copy / "deploy.safetensors").unlink()
 
     def wrong(model, variables):
         deploy_model, _ = fuse_model(model, variables)
-        return deploy_model, fuse_model(model.clone(epsilon=0.1), variables)[1]
+        return deploy_model, fuse(variables, epsilon=epsilon)
 
     monkeypatch.setattr(comparison, "fuse_model", wrong)
     with pytest.raises(EquivalenceError, match="not the same function: largest logit difference"):
@@ -46,14 +48,28 @@ def test_a_wrong_epsilon_is_refused_and_nothing_is_saved(copy, monkeypatch):
     assert not (copy / "deploy.safetensors").exists()
 
 
-def test_a_tree_that_is_not_the_deploy_forms_is_refused(copy, monkeypatch):
+def test_the_command_exits_with_1_where_the_forms_differ(copy, monkeypatch, capsys):
     def wrong(model, variables):
-        deploy_model, fused = fuse_model(model, variables)
-        fused["params"]["stem"]["reparam"]["bias"] = fused["params"]["stem"]["reparam"]["bias"][:-1]
-        return deploy_model.clone(), fused
+        deploy_model, _ = fuse_model(model, variables)
+        return deploy_model, fuse(variables, epsilon=1e-3)
 
     monkeypatch.setattr(comparison, "fuse_model", wrong)
-    with pytest.raises(Exception, match=r"(?s)shape|bias"):
+    assert fuse_command([str(copy), "--check-only"]) == 1
+    assert "not the same function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["extra key", "dtype"])
+def test_a_tree_that_is_not_the_deploy_forms_is_refused(copy, monkeypatch, broken):
+    def wrong(model, variables):
+        deploy_model, fused = fuse_model(model, variables)
+        if broken == "extra key":
+            fused["params"]["stem"]["branch_1x1"] = variables["params"]["stem"]["branch_1x1"]
+        else:
+            fused["params"]["head"]["bias"] = fused["params"]["head"]["bias"].astype("bfloat16")
+        return deploy_model, fused
+
+    monkeypatch.setattr(comparison, "fuse_model", wrong)
+    with pytest.raises(EquivalenceError, match="fused variables are not those of the deploy form"):
         fuse_run(copy)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import chex
 import numpy as np
@@ -8,12 +9,13 @@ from PIL import Image
 
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainingDivergedError, loop, train_and_evaluate
+from repvgg_jax.training.metrics import read_metrics
 
 
 def test_a_run_directory_holds_all_that_is_promised(finished):
     names = {path.name for path in finished.workdir.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "deploy.safetensors", "report.md",
+        "config.json", "dataset.json", "metrics.jsonl", "tensorboard", "checkpoints", "deploy.safetensors", "report.md",
         "curves.png", "confusion.png", "differences.png",
     }  # fmt: skip
     assert sorted(path.name for path in (finished.workdir / "checkpoints").iterdir()) == ["22", "44"]
@@ -126,3 +128,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, t
     ):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "deploy.safetensors").exists()
+
+
+def test_a_last_update_that_breaks_the_network_reaches_no_checkpoint(tiny, tmp_path):
+    config = dataclasses.replace(tiny, learning_rate=1e30, batch_size=1432, epochs=1)
+    with pytest.raises(TrainingDivergedError, match="at the end of epoch 1"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_line_cut_off_by_a_kill_does_not_stop_the_next_start(tiny, finished, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "st')
+    assert [line["epoch"] for line in train_and_evaluate(tiny, tmp_path / "run").history] == [1, 2]
+
+
+def test_a_damaged_line_before_the_last_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1\n{"epoch": 2, "step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is damaged.*remove that line"):
+        read_metrics(tmp_path)
+
+
+def test_other_data_in_the_same_run_are_refused(tiny, finished, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    (tmp_path / "run" / "dataset.json").write_text(json.dumps({**record, "train_images": 1000}))
+    with pytest.raises(ValueError, match=r"data are not those of the run .*train_images was 1000, is 1437"):
+        train_and_evaluate(tiny, tmp_path / "run")
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tiny, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file: name a new directory"):
+        train_and_evaluate(tiny, tmp_path / "run")

@@ -1,0 +1,3 @@
+"""The version, also of what `pip install` shows."""
+
+VERSION = "0.1.0"
