@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "ops": set(),
     "models": {"reparam", "ops"},
     "data": set(),
-    "interop": {"reparam", "ops", "models"},
+    "interop": {"reparam", "ops", "models", "version"},
     "training": {"reparam", "ops", "models", "data", "interop"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
@@ -25,7 +25,9 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name} imports relatively"
+            assert node.module != "repvgg_jax", f"{path.name} imports from the top, which imports it"
             yield node.module
 
 

@@ -59,7 +59,7 @@ class ConvBN(nn.Module):
             kernel_init=kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            conv_general_dilated=convolution(self.ops),
+            conv_general_dilated=convolution(self.ops, self.is_initializing()),
             name="conv",
         )(x)
         return BatchNorm(
@@ -171,6 +171,6 @@ class RepVGGBlock(nn.Module):
             kernel_init=kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            conv_general_dilated=convolution(self.ops),
+            conv_general_dilated=convolution(self.ops, self.is_initializing()),
             name="reparam",
         )(x)

@@ -12,6 +12,7 @@ from repvgg_jax import ops
 Operations = Literal["auto", "xla"]
 
 
-def convolution(operations: Operations) -> Callable[..., Any]:
+def convolution(operations: Operations, initializing: bool) -> Callable[..., Any]:
     """The function to inject as `flax.linen.Conv(conv_general_dilated=…)`."""
-    return ops.conv_general_dilated if operations == "auto" else lax.conv_general_dilated
+    # Initialisation throws its output away; compiling fast lowerings for it would be the slowest part.
+    return ops.conv_general_dilated if operations == "auto" and not initializing else lax.conv_general_dilated
