@@ -2,5 +2,6 @@
 
 from repvgg_jax.ops.batch_norm import batch_norm_train
 from repvgg_jax.ops.convolution import conv_general_dilated
+from repvgg_jax.ops.platform import inference_on
 
-__all__ = ["batch_norm_train", "conv_general_dilated"]
+__all__ = ["batch_norm_train", "conv_general_dilated", "inference_on"]

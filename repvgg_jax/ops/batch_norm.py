@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax.ops.materialize import materialize
+from repvgg_jax.ops.platform import by_platform
 
 _AXES = (0, 1, 2)
 
@@ -65,7 +66,7 @@ def _batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = materialize(x).astype(scale.dtype)
-    mean, var = lax.platform_dependent(wide, cpu=_robust_statistics, default=_fast_statistics)
+    mean, var = by_platform(wide, cpu=_robust_statistics, default=_fast_statistics)
     y = (wide - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
     return y.astype(x.dtype), mean, var
 

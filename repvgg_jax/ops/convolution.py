@@ -1,17 +1,17 @@
-"""A drop-in for `lax.conv_general_dilated` that XLA:CPU computes fast."""
+"""A drop-in for `lax.conv_general_dilated` that XLA computes fast."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax.ops import plain
 from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.materialize import materialize
-from repvgg_jax.ops.table import LOWERINGS, choose
+from repvgg_jax.ops.platform import by_platform, known_platform
+from repvgg_jax.ops.table import LOWERINGS, Choice, choose
 
 
 def conv_general_dilated(
@@ -29,10 +29,11 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
 
-    Float32 NHWC images with 1×1 or 3×3 HWIO kernels are lowered, on CPU, as `repvgg_jax.ops.table` says: matrix
-    products, im2col or Winograd, each with gradients of its own. The platform is the one the program is lowered
-    for, not the one at hand: exports for CUDA or TPU hold plain convolutions. Every other call, and every other
-    platform, is `lax.conv_general_dilated` itself. Under a sharded batch the table sees the global shape.
+    NHWC images with 1×1 or 3×3 HWIO kernels are lowered as `repvgg_jax.ops.table` says: in float32 on CPU as matrix
+    products, im2col or Winograd, each with gradients of its own; in 16 bits on CUDA, where the images have a few
+    channels and the stride is 2, by space to depth. The platform is the one the program is lowered for, not the one
+    at hand. Every other call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch
+    the table sees the global shape.
 
     Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
     `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.
@@ -77,8 +78,8 @@ def conv_general_dilated(
     wanted = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
     if not (
         lhs.ndim == rhs.ndim == 4
-        and lhs.dtype == rhs.dtype == jnp.float32
-        and preferred_element_type in (None, jnp.float32)
+        and lhs.dtype == rhs.dtype
+        and preferred_element_type in (None, lhs.dtype)
         and rhs.shape[:2] in ((1, 1), (3, 3))
         and batch_group_count == 1
         and all(step == 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
@@ -96,7 +97,10 @@ def conv_general_dilated(
     if isinstance(precision, list):
         precision = tuple(precision)
     exact = _beyond_default(precision)
-    return _convolve(lhs, rhs, window, precision, exact)
+    if not choose(lhs.shape, rhs.shape, window, lhs.dtype, exact):
+        return xla()
+    convolve = _convolve if known_platform() is None else _forward
+    return convolve(lhs, rhs, window, precision, exact)
 
 
 def _beyond_default(precision: lax.PrecisionLike) -> bool:
@@ -108,16 +112,27 @@ def _beyond_default(precision: lax.PrecisionLike) -> bool:
     return any(name not in (None, "default", lax.Precision.DEFAULT) for name in names)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _convolve(x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike, exact: bool) -> jax.Array:
-    fastest = LOWERINGS[choose(x.shape, kernel.shape, window, exact).forward]
-    return lax.platform_dependent(
+def _fastest(direction: str, chosen: dict[str, Choice], **static: Any) -> dict[str, Callable[..., jax.Array]]:
+    """The lowerings of one direction, by platform, with their static arguments bound."""
+    names = {platform: getattr(choice, direction) for platform, choice in chosen.items()}
+    return {
+        platform: partial(getattr(LOWERINGS[name], direction), **static)
+        for platform, name in names.items()
+        if name != "plain"
+    }
+
+
+def _forward(x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike, exact: bool) -> jax.Array:
+    chosen = choose(x.shape, kernel.shape, window, x.dtype, exact)
+    return by_platform(
         materialize(x),
         kernel,
-        cpu=lambda x, kernel: fastest.forward(x, kernel, window),
         default=lambda x, kernel: plain.forward(x, kernel, window, precision),
+        **_fastest("forward", chosen, window=window),
     )
+
+
+_convolve = jax.custom_vjp(jax.jit(_forward, static_argnums=(2, 3, 4)), nondiff_argnums=(2, 3, 4))
 
 
 def _convolve_forward(
@@ -134,18 +149,18 @@ def _convolve_backward(
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), dy = residuals, materialize(dy)
-    _, for_input, for_kernel = (LOWERINGS[name] for name in choose(x.shape, kernel.shape, window, exact))
-    dx = lax.platform_dependent(
+    chosen = choose(x.shape, kernel.shape, window, x.dtype, exact)
+    dx = by_platform(
         dy,
         kernel,
-        cpu=lambda dy, kernel: for_input.input_gradient(dy, kernel, window, x.shape),
         default=lambda dy, kernel: plain.input_gradient(dy, kernel, window, x.shape, precision),
+        **_fastest("input_gradient", chosen, window=window, input_shape=x.shape),
     )
-    dkernel = lax.platform_dependent(
+    dkernel = by_platform(
         materialize(x),
         dy,
-        cpu=lambda x, dy: for_kernel.kernel_gradient(x, dy, window, kernel.shape),
         default=lambda x, dy: plain.kernel_gradient(x, dy, window, kernel.shape, precision),
+        **_fastest("kernel_gradient", chosen, window=window, kernel_shape=kernel.shape),
     )
     return dx, dkernel
 

@@ -6,8 +6,9 @@ gone before fusion. A call that must not be inlined does: it is not elementwise,
 """
 
 import jax
-from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+
+from repvgg_jax.ops.platform import by_platform
 
 
 @jax.jit
@@ -22,4 +23,4 @@ def _walled(x: jax.Array) -> jax.Array:
 
 def materialize(x: jax.Array) -> jax.Array:
     """Returns `x`, written to memory once for all its readers where the program is lowered for CPU."""
-    return lax.platform_dependent(x, cpu=_walled, default=lambda x: x)
+    return by_platform(x, cpu=_walled, default=lambda x: x)

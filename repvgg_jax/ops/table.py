@@ -1,9 +1,12 @@
-"""Which lowering is fastest on XLA:CPU, by static shape. Measured by `python -m benchmarks.tune`."""
+"""Which lowering is fastest on which platform, by static shape. Measured by `python -m benchmarks.tune`."""
 
 import math
 from typing import NamedTuple
 
-from repvgg_jax.ops import im2col, plain, pointwise, winograd
+import jax
+import jax.numpy as jnp
+
+from repvgg_jax.ops import block_diagonal, im2col, plain, pointwise, space_to_depth, winograd
 from repvgg_jax.ops.grouped import by_group
 from repvgg_jax.ops.lowering import Lowering, Shape, Window
 
@@ -13,6 +16,8 @@ LOWERINGS: dict[str, Lowering] = {
     "im2col": by_group(im2col.lowering),
     "winograd_f2": by_group(winograd.f2),
     "winograd_f4": by_group(winograd.f4),
+    "space_to_depth": space_to_depth.lowering,
+    "block_diagonal": block_diagonal.lowering,
 }
 
 
@@ -24,8 +29,46 @@ class Choice(NamedTuple):
     kernel_gradient: str
 
 
-def choose(input_shape: Shape, kernel_shape: Shape, window: Window, exact: bool = False) -> Choice:
-    """The fastest known lowerings for one convolution; without Winograd where it must be `exact`."""
+_PLAIN = Choice("plain", "plain", "plain")
+
+
+def choose(
+    input_shape: Shape,
+    kernel_shape: Shape,
+    window: Window,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    exact: bool = False,
+) -> dict[str, Choice]:
+    """The fastest known lowerings for one convolution, by platform; a platform that is missing takes the plain one.
+
+    Args:
+        input_shape: NHWC.
+        kernel_shape: HWIO.
+        window: of the convolution.
+        dtype: of images and kernel.
+        exact: no Winograd, which rounds more.
+    """
+    if dtype == jnp.float32:
+        return {"cpu": _choose_on_cpu(input_shape, kernel_shape, window, exact)}
+    if jnp.dtype(dtype).itemsize == 2:
+        choice = _choose_on_cuda(input_shape, kernel_shape, window)
+        return {} if choice == _PLAIN else {"cuda": choice}
+    return {}
+
+
+def _choose_on_cuda(input_shape: Shape, kernel_shape: Shape, window: Window) -> Choice:
+    """For 16 bits; in float32 cuDNN has a kernel of its own for few channels."""
+    pixels = input_shape[0] * math.prod(window.output_size(input_shape, kernel_shape))
+    if space_to_depth.supports(input_shape, kernel_shape, window) and pixels >= 2**16:
+        return Choice("space_to_depth", "plain", "space_to_depth")
+    channels = kernel_shape[2], kernel_shape[3] // window.groups
+    power_of_two = all(count & (count - 1) == 0 for count in channels)
+    if window.groups > 1 and (pixels < 2**12 or not power_of_two):
+        return Choice("block_diagonal", "plain", "plain")
+    return _PLAIN
+
+
+def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exact: bool) -> Choice:
 
     def supported(name: str) -> bool:
         return LOWERINGS[name].supports(input_shape, kernel_shape, window)
@@ -36,7 +79,7 @@ def choose(input_shape: Shape, kernel_shape: Shape, window: Window, exact: bool 
     pixels = input_shape[0] * rows * columns  # below a few hundred, transforming the kernel costs more than it saves
     tiny = rows * columns <= 4  # where the plain convolution is at its worst, however little there is to do
     if not supported("im2col") or (2 * pixels * math.prod(kernel_shape) < 4e7 and not tiny):
-        return Choice("plain", "plain", "plain")
+        return _PLAIN
     narrowest = min(kernel_shape[2], kernel_shape[3] // window.groups)
     if not exact and narrowest >= 16 and (pixels >= 512 or tiny) and supported("winograd_f4"):
         return Choice("winograd_f4", "winograd_f4", "winograd_f4")

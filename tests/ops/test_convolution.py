@@ -1,5 +1,6 @@
 """Every lowering computes the convolution, its input gradient and its kernel gradient, within 2e-5."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from repvgg_jax.ops import conv_general_dilated
+from repvgg_jax.ops import conv_general_dilated, inference_on
 from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.table import LOWERINGS, choose
 
@@ -121,6 +122,8 @@ SUPPORTED = {
     "im2col": problems(groups=(1,)),
     "winograd_f2": problems(sides=(3,), strides=(1,), groups=(1,)),
     "winograd_f4": problems(sides=(3,), strides=(1,), groups=(1,)),
+    "space_to_depth": problems(sides=(3,), strides=(2,), groups=(1,)),
+    "block_diagonal": problems(groups=(2,)),
 }
 
 
@@ -151,9 +154,9 @@ def test_the_truth_is_that_of_lax_in_float64(input_shape, kernel_shape, window):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_lowering_is_the_convolution_on_every_map_size(name, size):
     seen = 0
-    for side, stride in ((3, 1), (3, 2), (1, 1), (1, 2)):
-        window = Window((stride, stride), ONE if side == 3 else NONE)
-        shapes = (2, size, size, 16), (side, side, 16, 24)
+    for side, stride, channels, groups in itertools.product((1, 3), (1, 2), (3, 16), (1, 4)):
+        window = Window((stride, stride), ONE if side == 3 else NONE, groups if channels == 16 else 1)
+        shapes = (2, size, size, channels), (side, side, channels // window.groups, 24)
         if not LOWERINGS[name].supports(*shapes, window):
             continue
         arrays = problem(*shapes, window)
@@ -182,11 +185,14 @@ def test_the_public_function_is_the_convolution(case):
 @pytest.mark.parametrize("name", [name for name in LOWERINGS if name != "pointwise"])
 def test_the_same_check_fails_on_a_padding_that_is_off_by_one(name):
     """`((0, 2), (0, 2))` keeps every shape, and is the bug of `padding="SAME"` at stride 2."""
-    arrays = problem((2, 8, 8, 16), (3, 3, 16, 16), Window(padding=ONE))
-    shifted = Window(padding=((0, 2), (0, 2)))
-    assert LOWERINGS[name].supports((2, 8, 8, 16), (3, 3, 16, 16), shifted)
+    stride, channels = (2, 4) if name == "space_to_depth" else (1, 16)
+    window = Window((stride, stride), ONE, 2 if name == "block_diagonal" else 1)
+    shapes = (2, 8, 8, channels), (3, 3, channels // window.groups, 16)
+    arrays = problem(*shapes, window)
+    shifted = window._replace(padding=((0, 2), (0, 2)))
+    assert LOWERINGS[name].supports(*shapes, shifted)
     found = by_lowering(LOWERINGS[name], *arrays, shifted)
-    assert min(errors(found, truth(*arrays, Window(padding=ONE)))) > 0.1
+    assert min(errors(found, truth(*arrays, window))) > 0.1
     assert_close(found, truth(*arrays, shifted))
 
 
@@ -201,7 +207,7 @@ def test_winograd_at_realistic_width_stays_within_2e_5():
 def test_highest_precision_never_takes_winograd(exact):
     window = Window(padding=ONE)
     shapes = (8, 8, 8, 80), (3, 3, 80, 80)
-    assert any("winograd" in name for name in choose(*shapes, window))
+    assert any("winograd" in name for name in choose(*shapes, window)["cpu"])
     arrays = problem(*shapes, window)
     expected = truth(*arrays, window)
     assert max(errors(by_table(*arrays, window, **exact), expected)) < 1e-6
@@ -218,6 +224,49 @@ def test_other_dtypes_are_plain_convolutions(dtype):
         expected = lax.conv_general_dilated(x, kernel, (1, 1), ONE, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected)
+
+
+def test_in_sixteen_bits_a_large_stem_takes_space_to_depth_on_cuda_alone():
+    shapes, window = ((32, 224, 224, 3), (3, 3, 3, 48)), Window((2, 2), ONE)
+    chosen = choose(*shapes, window, jnp.bfloat16)
+    assert chosen == {"cuda": ("space_to_depth", "plain", "space_to_depth")}
+    assert choose((1, *shapes[0][1:]), shapes[1], window, jnp.bfloat16) == {}
+    assert "cuda" not in choose(*shapes, window, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "faster"),
+    [(1, 128, 4, True), (256, 128, 4, False), (256, 160, 4, True), (256, 160, 1, False)],
+)
+def test_in_sixteen_bits_groups_that_tensor_cores_dislike_become_block_diagonal(batch, channels, groups, faster):
+    window = Window(padding=ONE, groups=groups)
+    chosen = choose((batch, 28, 28, channels), (3, 3, channels // groups, channels), window, jnp.bfloat16)
+    assert chosen == ({"cuda": ("block_diagonal", "plain", "plain")} if faster else {})
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "kernel_shape", "groups", "strides"),
+    [((8, 224, 224, 3), (3, 3, 3, 8), 1, (2, 2)), ((2, 14, 14, 24), (3, 3, 6, 24), 4, (1, 1))],
+)
+def test_what_is_lowered_for_cuda_in_bfloat16_is_the_convolution(input_shape, kernel_shape, groups, strides):
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in (input_shape, kernel_shape))
+
+    def convolve(x, kernel):
+        return conv_general_dilated(
+            x, kernel, strides, ONE, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    expected = np.asarray(convolve(x, kernel), np.float32)  # on this CPU: the plain convolution
+    with inference_on("cuda"):
+        found = np.asarray(jax.jit(lambda x, kernel: convolve(x, kernel))(x, kernel), np.float32)
+        program = str(jax.make_jaxpr(convolve)(x, kernel))
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
+    assert f"feature_group_count={groups}" not in program or groups == 1
+    exported = jax.export.export(jax.jit(convolve), platforms=["cuda"])(x, kernel).mlir_module()
+    kernels = [line for line in exported.splitlines() if "stablehlo.convolution" in line]
+    assert len(kernels) == 1
+    assert f"feature_group_count = {1}" in kernels[0]
 
 
 @pytest.mark.parametrize(
