@@ -1,6 +1,6 @@
 """RepVGG in JAX/Flax: train three branches, infer one 3×3 convolution, exactly."""
 
-from repvgg_jax.models import VARIANTS, RepVGG, create_model, fuse_model, summarize
+from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, summarize
 from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
 from repvgg_jax.version import VERSION as __version__  # noqa: N811
 
@@ -9,6 +9,7 @@ __all__ = [
     "RepVGG",
     "__version__",
     "branch_rule",
+    "compile_inference",
     "create_model",
     "first_match",
     "fuse",

@@ -2,6 +2,7 @@
 
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
 from repvgg_jax.models.deploy import fuse_model
+from repvgg_jax.models.inference import compile_inference
 from repvgg_jax.models.repvgg import RepVGG
 from repvgg_jax.models.summary import Summary, summarize
 from repvgg_jax.models.variants import VARIANTS, Variant, create_model
@@ -14,6 +15,7 @@ __all__ = [
     "SqueezeExcite",
     "Summary",
     "Variant",
+    "compile_inference",
     "create_model",
     "fuse_model",
     "summarize",

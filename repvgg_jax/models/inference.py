@@ -1,0 +1,121 @@
+"""Compile a network for inference: everything that depends on the weights alone is computed once, ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.core import eval_jaxpr
+from jax.experimental.layout import Format, Layout
+from jax.extend.core import ClosedJaxpr, Literal
+
+from repvgg_jax.ops import inference_on
+
+# One CUDA graph in place of a launch per kernel. XLA leaves convolutions out of its graphs unless asked.
+_CUDA_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
+
+def compile_inference(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.ShapeDtypeStruct | jax.Array,
+    *,
+    device: jax.Device | None = None,
+) -> Callable[[jax.Array], jax.Array]:
+    """Compile `model.apply(variables, images, train=False)` for one shape of images, with the weights inside.
+
+    Casts, transforms and transpositions of kernels happen here, once, not in every call; on CUDA the whole network is
+    one graph launch. The result is that of `model.apply` up to rounding.
+
+    Args:
+      model: usually in its deploy form; its `dtype` is that of the computation.
+      variables: of the model. Later changes to them are not seen.
+      images: `(batch, height, width, channels)`, floating point; only shape and dtype matter. Images of the compute
+        dtype spare a cast.
+      device: where to run; JAX's default device where not given.
+
+    Returns:
+      A function from images of that shape and dtype to logits. It has been compiled already, and does not trace,
+      so it cannot stand inside another transformation.
+
+    Raises:
+      TypeError: the returned function was given images of another shape or dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from repvgg_jax import compile_inference, create_model
+      >>> model = create_model("repvgg_a0", num_classes=10, depths=(1, 1, 1, 1), deploy=True)
+      >>> images = jnp.ones((1, 32, 32, 3))
+      >>> forward = compile_inference(model, model.init(jax.random.key(0), images, train=False), images)
+      >>> forward(images).shape
+      (1, 10)
+    """
+    device = device or jax.devices()[0]
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    leaves, structure = jax.tree.flatten(variables)
+
+    def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+        return model.apply(jax.tree.unflatten(structure, leaves), images, train=False)  # type: ignore[return-value]
+
+    shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    with inference_on(platform):
+        traced = jax.make_jaxpr(forward)(leaves, shape)
+    prepare, run = _split(traced)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    prepared = jax.jit(prepare, out_shardings=sharding)(*jax.device_put(leaves, sharding))
+    abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in prepared]
+    weights_format = Format(Layout.AUTO, sharding) if platform == "cuda" else sharding
+    compiled = (
+        jax.jit(
+            run,
+            in_shardings=([weights_format] * len(prepared), sharding),
+            out_shardings=sharding,
+            compiler_options=_CUDA_OPTIONS if platform == "cuda" else None,
+        )
+        .lower(abstract, shape)
+        .compile()
+    )
+    if platform == "cuda":
+        prepared = jax.device_put(prepared, compiled.input_formats[0][0])
+
+    def call(images: jax.Array) -> jax.Array:
+        return compiled(prepared, images)
+
+    return call
+
+
+def _split(traced: ClosedJaxpr) -> tuple[Callable[..., list[Any]], Callable[..., Any]]:
+    """Split a program after what all its arguments but the last determine.
+
+    Returns:
+      `prepare(*arguments) -> prepared` and `run(prepared, last) -> result`, for a program of one result.
+    """
+    jaxpr = traced.jaxpr
+    *weights, images = jaxpr.invars
+    ready = {*weights, *jaxpr.constvars}
+    early, late = [], []
+    for equation in jaxpr.eqns:
+        if all(isinstance(var, Literal) or var in ready for var in equation.invars):
+            ready.update(equation.outvars)
+            early.append(equation)
+        else:
+            late.append(equation)
+    used = [var for equation in late for var in equation.invars if not isinstance(var, Literal) and var in ready]
+    boundary = list(dict.fromkeys(used))
+
+    first = jaxpr.replace(invars=weights, outvars=boundary, eqns=early)
+    second = jaxpr.replace(constvars=[], invars=[*boundary, images], eqns=late)
+
+    def prepare(*arguments: jax.Array) -> list[Any]:
+        return eval_jaxpr(first, traced.consts, *arguments)
+
+    def run(prepared: list[Any], last: jax.Array) -> Any:
+        (result,) = eval_jaxpr(second, (), *prepared, last)
+        return result
+
+    return prepare, run
