@@ -1,6 +1,6 @@
 """Image data sets, batches and on-device augmentation."""
 
-from repvgg_jax.data.augment import normalize, random_crop, random_flip
+from repvgg_jax.data.augment import normalize, random_color_jitter, random_crop, random_cutout, random_flip
 from repvgg_jax.data.dataset import ImageDataset, Record, Source
 from repvgg_jax.data.decode import fit, read_image
 from repvgg_jax.data.load import load_dataset
@@ -16,7 +16,9 @@ __all__ = [
     "load_dataset",
     "measure_normalization",
     "normalize",
+    "random_color_jitter",
     "random_crop",
+    "random_cutout",
     "random_flip",
     "read_image",
     "train_iterator",
