@@ -4,6 +4,7 @@ from repvgg_jax.data.augment import normalize, random_color_jitter, random_crop,
 from repvgg_jax.data.dataset import ImageDataset, Record, Source
 from repvgg_jax.data.decode import fit, read_image
 from repvgg_jax.data.load import load_dataset
+from repvgg_jax.data.mix import random_mix
 from repvgg_jax.data.normalization import measure_normalization
 from repvgg_jax.data.pipeline import eval_batches, train_iterator
 
@@ -20,6 +21,7 @@ __all__ = [
     "random_crop",
     "random_cutout",
     "random_flip",
+    "random_mix",
     "read_image",
     "train_iterator",
 ]
