@@ -41,7 +41,7 @@ def cutmix_weights(key: jax.Array, size: tuple[int, int], *, alpha: float) -> ja
     """
     share_key, *centre_keys = jax.random.split(key, 3)
     ratio = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
-    inside = []
+    inside: list[jax.Array] = []
     for extent, centre_key in zip(size, centre_keys, strict=True):
         half = (extent * ratio).astype(jnp.int32) // 2
         distance = jnp.arange(extent) - jax.random.randint(centre_key, (), 0, extent)
@@ -87,13 +87,13 @@ def random_mix(
         if alpha < 0:
             raise ValueError(f"{name} (={alpha}) must not be negative")
     coin_key, mixup_key, cutmix_key = jax.random.split(key, 3)
-    size = images.shape[1:3]
-    draws = []
+    size = (images.shape[1], images.shape[2])
+    draws: list[jax.Array] = []
     if mixup:
         draws.append(mixup_weights(mixup_key, size, alpha=mixup))
     if cutmix:
         draws.append(cutmix_weights(cutmix_key, size, alpha=cutmix))
     if not draws:
         return images, targets
-    weights = draws[0] if len(draws) == 1 else jnp.where(jax.random.bernoulli(coin_key), *draws)
+    weights = draws[0] if len(draws) == 1 else jnp.where(jax.random.bernoulli(coin_key), draws[0], draws[1])
     return mix(images, targets, weights)

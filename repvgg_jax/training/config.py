@@ -44,6 +44,14 @@ class TrainConfig:
     """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
     flip: bool = True
     """Mirror half of the training images left to right, on the device."""
+    color_jitter: float = 0.0
+    """Scale brightness, contrast and saturation by random factors in [1 - this, 1 + this]; 0 switches it off."""
+    cutout: int = 0
+    """Blank a square of this many pixels a side at a random place of each training image; 0 switches it off."""
+    mixup: float = 0.0
+    """Blend images and targets pairwise with a weight from Beta(this, this); 0 switches it off."""
+    cutmix: float = 0.0
+    """Paste a box of another image, its area from Beta(this, this); 0 is off. With mixup: a coin toss a batch."""
     mean: tuple[float, ...] | None = None
     """Channel means in [0, 1] units; measured on the training split where not given."""
     std: tuple[float, ...] | None = None
@@ -84,12 +92,15 @@ class TrainConfig:
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
+            cutout=0, mixup=0, cutmix=0,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
+        _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
             (self.mean is None) == (self.std is None),

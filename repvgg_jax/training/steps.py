@@ -12,8 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repvgg_jax.data import normalize, random_crop, random_flip
+from repvgg_jax.data import normalize
 from repvgg_jax.models import RepVGG
+from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig
 
 Batch = Mapping[str, Any]
@@ -103,7 +104,7 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Build the jitted training step.
 
-    Crop, flip and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
+    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
 
     Args:
       model: in its training form.
@@ -113,19 +114,13 @@ def make_train_step(
 
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
-      {'loss', 'accuracy'})`. The old state is donated: do not use it again.
+      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with. The old state is
+      donated: do not use it again.
     """
-    mean, std = config.normalization
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        crop_key, flip_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        images = batch["image"]
-        if config.crop_padding:
-            images = random_crop(crop_key, images, padding=config.crop_padding)
-        if config.flip:
-            images = random_flip(flip_key, images)
-        images = normalize(images, mean, std)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), config.label_smoothing)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes)
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             output, updates = model.apply(

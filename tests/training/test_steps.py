@@ -65,6 +65,18 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 
 
 @pytest.mark.usefixtures("float32")
+def test_eight_devices_augment_and_mix_as_one_does():
+    config = dataclasses.replace(CONFIG, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0)
+    one, losses_of_one, _ = run(config, 1, jax.devices()[:1])
+    eight, losses_of_eight, _ = run(config, 1, jax.devices())
+    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
+    chex.assert_trees_all_close(eight.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
+    plain, _, _ = run(CONFIG, 1, jax.devices())
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(plain.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("float32")
 def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images():
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
     mesh = create_mesh(jax.devices()[:1])
