@@ -66,7 +66,9 @@ class TrainConfig:
     eval_batch_size: int = 256
     """Images in an evaluation step, over all devices."""
     learning_rate: float = 0.1
-    """Peak learning rate of SGD, for the batch size given."""
+    """Peak learning rate of SGD, for batches of learning_rate_batch_size images."""
+    learning_rate_batch_size: int = 256
+    """Batch size that learning_rate is meant for; the rate used is learning_rate × batch_size / this."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0 before the cosine to 0; at most half of all epochs."""
     momentum: float = 0.9
@@ -92,7 +94,7 @@ class TrainConfig:
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
-            cutout=0, mixup=0, cutmix=0,
+            cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -128,6 +130,11 @@ class TrainConfig:
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
         )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate at the end of warm-up, scaled linearly with the batch size (Goyal et al., arXiv:1706.02677)."""
+        return self.learning_rate * self.batch_size / self.learning_rate_batch_size
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

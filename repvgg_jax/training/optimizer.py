@@ -14,7 +14,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     """Linear warm-up from 0, for at most half of all steps, then a cosine to 0 at the last.
 
     Args:
-      config: gives the peak rate, the warm-up and the epochs.
+      config: gives the peak rate (scaled to its batch size), the warm-up and the epochs.
       steps_per_epoch: training steps in an epoch.
 
     Returns:
@@ -22,10 +22,10 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 2)
-    cosine = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
+    cosine = optax.cosine_decay_schedule(config.peak_learning_rate, total - warmup)
     if not warmup:
         return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), cosine], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, config.peak_learning_rate, warmup), cosine], [warmup])
 
 
 def weight_decay_mask(params: Any) -> Any:

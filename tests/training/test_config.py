@@ -16,6 +16,7 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(strides=(1, 1, 2, 2, 3)), "strides are .*each 1 or 2"),
         (dict(batch_size=0), "batch_size is 0: expected at least 1"),
         (dict(warmup_epochs=-1), "warmup_epochs is -1: expected at least 0"),
+        (dict(learning_rate_batch_size=0), "learning_rate_batch_size is 0: expected at least 1"),
         (dict(learning_rate=0.0), "learning_rate is 0.0: expected more than 0"),
         (dict(momentum=1.0), r"momentum is 1.0: expected in \[0, 1\)"),
         (dict(label_smoothing=1.5), "label_smoothing is 1.5"),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,13 @@ def test_a_short_run_of_a_long_recipe_warms_up_for_half_of_it():
 def test_without_warm_up_the_rate_starts_at_its_peak():
     schedule = learning_rate_schedule(TrainConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
     assert float(schedule(0)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("batch_size", "peak"), [(128, 0.2), (256, 0.4), (1024, 1.6)])
+def test_the_rate_grows_linearly_with_the_batch_size(batch_size, peak):
+    config = TrainConfig(epochs=10, warmup_epochs=1, learning_rate=0.1, batch_size=batch_size)
+    schedule = learning_rate_schedule(dataclasses.replace(config, learning_rate_batch_size=64), steps_per_epoch=10)
+    assert max(float(schedule(step)) for step in range(100)) == pytest.approx(peak)
 
 
 def test_weight_decay_spares_biases_and_the_scales_behind_convolutions():

@@ -20,6 +20,7 @@ CONFIG = TrainConfig(
     crop_padding=1,
     batch_size=16,
     learning_rate=0.05,
+    learning_rate_batch_size=16,
     label_smoothing=0.1,
 )
 
