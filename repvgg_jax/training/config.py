@@ -79,6 +79,10 @@ class TrainConfig:
     """L2 on kernels and identity-norm scales; biases and the scales of 3x3 and 1x1 norms are exempt."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    grad_clip_norm: float = 0.0
+    """Scale the gradient of the loss down to this global norm, before weight decay is added; 0 switches it off."""
+    accumulate_steps: int = 1
+    """Microbatches a batch is split into, one after the other: less memory; batch norm sees each by itself."""
     auxiliary_weight: float = 0.1
     """Weight of each auxiliary head's loss (RepVGGplus only)."""
 
@@ -94,7 +98,7 @@ class TrainConfig:
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
-            cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1,
+            cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1, accumulate_steps=1, grad_clip_norm=0,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -103,6 +107,12 @@ class TrainConfig:
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
+        _require(
+            self.batch_size % self.accumulate_steps == 0,
+            "accumulate_steps",
+            self.accumulate_steps,
+            f"a divisor of batch_size (={self.batch_size})",
+        )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
             (self.mean is None) == (self.std is None),

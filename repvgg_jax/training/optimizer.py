@@ -49,9 +49,16 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch."""
+    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch.
+
+    Where the config clips, it clips the gradient of the loss alone: weight decay is added afterwards, so that its
+    strength does not depend on how large the gradient was. In PyTorch, too, `clip_grad_norm_` comes before the
+    optimizer adds its decay.
+    """
     schedule = learning_rate_schedule(config, steps_per_epoch)
+    clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     return optax.chain(
+        *clip,
         optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )

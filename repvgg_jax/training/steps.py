@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repvgg_jax.data import normalize
 from repvgg_jax.models import RepVGG
+from repvgg_jax.training.accumulation import accumulate
 from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig
 
@@ -41,13 +42,16 @@ def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
-    """Raise a ValueError unless the mesh divides the config's batch sizes."""
+    """Raise a ValueError unless the mesh, times its microbatches in training, divides the config's batch sizes."""
     for field in fields:
         size = getattr(config, field)
-        if size % mesh.size:
+        microbatches = config.accumulate_steps if field == "batch_size" else 1
+        multiple = mesh.size * microbatches
+        if size % multiple:
+            times = f" times accumulate_steps (={microbatches})" if microbatches > 1 else ""
             raise ValueError(
-                f"{field} is {size}: expected a multiple of the {mesh.size} devices, "
-                f"e.g. {-(-size // mesh.size) * mesh.size}"
+                f"{field} is {size}: expected a multiple of the {mesh.size} devices{times}, "
+                f"e.g. {-(-size // multiple) * multiple}"
             )
 
 
@@ -104,13 +108,14 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Build the jitted training step.
 
-    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
+    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch, or,
+    with `accumulate_steps`, of each global microbatch in turn.
 
     Args:
       model: in its training form.
       optimizer: from `create_optimizer`.
       config: with `mean` and `std` filled in.
-      mesh: from `create_mesh`; its size must divide the batch.
+      mesh: from `create_mesh`; its size times `accumulate_steps` must divide the batch.
 
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
@@ -122,23 +127,31 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        def loss_fn(params: Any, batch_stats: Any, inputs: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             output, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
+                {"params": params, "batch_stats": batch_stats},
+                inputs["image"],
                 train=True,
                 mutable=["batch_stats"],
             )
             logits, auxiliary = output if isinstance(output, tuple) else (output, {})
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
             for head in auxiliary.values():
-                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, targets).mean()
+                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
             return loss, (logits, updates["batch_stats"])
 
-        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def compute(batch_stats: Any, inputs: Batch) -> tuple[Any, Any]:
+            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, (logits, batch_stats)), gradients = gradient_fn(state.params, batch_stats, inputs)
+            metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == inputs["label"]).mean()}
+            return batch_stats, (gradients, metrics)
+
+        inputs = {"image": images, "target": targets, "label": batch["label"]}
+        batch_stats, (gradients, metrics) = accumulate(
+            compute, state.batch_stats, inputs, steps=config.accumulate_steps, mesh=mesh
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == batch["label"]).mean()}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))

@@ -108,6 +108,10 @@ def test_a_directory_with_other_files_is_refused(tiny, tmp_path):
     ("fields", "message"),
     [
         (dict(batch_size=12), r"batch_size is 12: expected a multiple of the 8 devices, e.g. 16"),
+        (
+            dict(batch_size=24, accumulate_steps=2),
+            r"batch_size is 24: .* 8 devices times accumulate_steps \(=2\), e.g. 32",
+        ),
         (dict(eval_batch_size=12), "eval_batch_size is 12"),
         (dict(batch_size=1440), "batch_size is 1440: expected at most 1437"),
         (dict(mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1)), "expected 1 values each"),

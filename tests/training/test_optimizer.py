@@ -66,3 +66,19 @@ def test_steps_are_those_of_pytorchs_sgd_with_nesterov_and_weight_decay():
             velocity[name] = 0.9 * velocity[name] + total
             expected[name] -= 0.5 * (total + 0.9 * velocity[name])
             np.testing.assert_allclose(params["head"][name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_clipping_bounds_the_norm_of_the_gradient_and_leaves_weight_decay_whole(scale):
+    config = TrainConfig(epochs=1000, learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.1)
+    params = {"head": {"kernel": jnp.array([2.0, 0.0]), "bias": jnp.array([5.0])}}
+    gradients = {"head": {"kernel": scale * jnp.array([0.48, 0.64]), "bias": scale * jnp.array([0.6])}}
+    updates = {}
+    for norm in (0.0, 1.0):
+        optimizer = create_optimizer(dataclasses.replace(config, grad_clip_norm=norm), steps_per_epoch=1000)
+        updates[norm], _ = optimizer.update(gradients, optimizer.init(params), params)
+    clipped = min(scale, 1.0)
+    np.testing.assert_allclose(updates[1.0]["head"]["kernel"], [-0.48 * clipped - 0.2, -0.64 * clipped], rtol=1e-5)
+    np.testing.assert_allclose(updates[1.0]["head"]["bias"], [-0.6 * clipped], rtol=1e-5)
+    unclipped = np.allclose(updates[0.0]["head"]["kernel"], updates[1.0]["head"]["kernel"])
+    assert unclipped == (scale < 1)
