@@ -83,6 +83,8 @@ class TrainConfig:
     """Scale the gradient of the loss down to this global norm, before weight decay is added; 0 switches it off."""
     accumulate_steps: int = 1
     """Microbatches a batch is split into, one after the other: less memory; batch norm sees each by itself."""
+    ema_decay: float = 0.0
+    """Evaluate, fuse and save a moving average of parameters and statistics with this decay a step; 0 is off."""
     auxiliary_weight: float = 0.1
     """Weight of each auxiliary head's loss (RepVGGplus only)."""
 
@@ -104,6 +106,7 @@ class TrainConfig:
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")

@@ -16,6 +16,10 @@ from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
 from repvgg_jax.training.files import write_whole
 
+_EMA_NOTE = (
+    "\nThe test figures and the deploy form are of the moving average of the variables, the training figures are not."
+)
+
 
 def write_report(
     workdir: Path,
@@ -63,7 +67,7 @@ The deploy form is what `deploy.safetensors` holds.
 
 ![loss and accuracy](curves.png)
 
-Training figures are averages over an epoch, on augmented images and smoothed targets; test figures are not.
+Training figures are averages over an epoch, on augmented images and smoothed targets; test figures are not.{_EMA_NOTE if config.ema_decay else ""}
 
 ## Confusion matrix of the deploy form
 

@@ -162,4 +162,4 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:
         state, _ = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh))
-    return finish(workdir, config, dataset, model, state.variables, mesh, check_only=check_only)
+    return finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)

@@ -17,23 +17,34 @@ from repvgg_jax.models import RepVGG
 from repvgg_jax.training.accumulation import accumulate
 from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.ema import update_ema
 
 Batch = Mapping[str, Any]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step; replicated over the mesh."""
+    """Everything that changes from step to step; replicated over the mesh.
+
+    Attributes:
+      ema: moving average of `variables`, or None where the config's `ema_decay` is 0.
+    """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` and `fuse` take."""
+        """What is trained."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """What is evaluated, fused and saved: the moving average where there is one."""
+        return self.variables if self.ema is None else self.ema
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -98,7 +109,8 @@ def _initializer(
         images = jnp.zeros((1, config.image_size, config.image_size, channels))
         variables = model.init(key, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+        ema = {"params": params, "batch_stats": batch_stats} if config.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ema)
 
     return init
 
@@ -152,7 +164,11 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        ema = None
+        if config.ema_decay:
+            variables = {"params": params, "batch_stats": batch_stats}
+            ema = update_ema(state.ema, variables, state.step, config.ema_decay)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
     return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)

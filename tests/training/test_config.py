@@ -28,6 +28,7 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(grad_clip_norm=-1.0), "grad_clip_norm is -1.0: expected at least 0"),
         (dict(accumulate_steps=0), "accumulate_steps is 0: expected at least 1"),
         (dict(accumulate_steps=3), r"accumulate_steps is 3: expected a divisor of batch_size \(=256\)"),
+        (dict(ema_decay=1.0), r"ema_decay is 1.0: expected in \[0, 1\)"),
         (dict(dtype="float16"), "dtype is float16: expected float32 or bfloat16"),
         (dict(mean=(0.5,)), "mean and std is .*expected both or neither"),
         (dict(mean=(0.5,), std=(0.0,)), "std is .*expected positive"),
