@@ -36,6 +36,8 @@ class TrainConfig:
     """Where TFDS data sets lie prepared; TFDS' own default (~/tensorflow_datasets) where not given."""
     image_size: int = 32
     """Side length of the square images the network sees, in pixels."""
+    eval_image_size: int | None = None
+    """The same in evaluation and of the deploy form's input; image_size where not given."""
     eval_resize: int | None = None
     """In evaluation resize the shorter side to this first, then crop the centre (ImageNet: 256 for 224)."""
     random_resized_crop: bool = False
@@ -124,12 +126,13 @@ class TrainConfig:
             "both or neither",
         )
         _require(self.std is None or min(self.std) > 0, "std", self.std, "positive numbers")
-        resize = self.eval_resize
+        size, resize = self.eval_image_size, self.eval_resize
+        _require(size is None or size >= 1, "eval_image_size", size, "at least 1")
         _require(
-            resize is None or resize >= self.image_size,
+            resize is None or resize >= self.evaluation_size,
             "eval_resize",
             resize,
-            f"at least image_size (={self.image_size})",
+            f"at least {'image_size' if size is None else 'eval_image_size'} (={self.evaluation_size})",
         )
 
     def create_model(self, num_classes: int) -> RepVGG:
@@ -143,6 +146,11 @@ class TrainConfig:
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
         )
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side length of the images in evaluation."""
+        return self.image_size if self.eval_image_size is None else self.eval_image_size
 
     @property
     def peak_learning_rate(self) -> float:

@@ -77,7 +77,7 @@ def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
     return eval_batches(
         dataset.test,
         batch_size=config.eval_batch_size // jax.process_count(),
-        image_size=config.image_size,
+        image_size=config.evaluation_size,
         channels=dataset.channels,
         eval_resize=config.eval_resize,
         shard=(jax.process_index(), jax.process_count()),
@@ -120,7 +120,7 @@ def finish(
         return comparison
     mean, std = config.normalization
     preprocess = Preprocess(
-        image_size=config.image_size,
+        image_size=config.evaluation_size,
         channels=dataset.channels,
         mean=mean,
         std=std,

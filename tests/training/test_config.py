@@ -33,6 +33,11 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(mean=(0.5,)), "mean and std is .*expected both or neither"),
         (dict(mean=(0.5,), std=(0.0,)), "std is .*expected positive"),
         (dict(image_size=224, eval_resize=200), r"eval_resize is 200: expected at least image_size \(=224\)"),
+        (dict(eval_image_size=0), "eval_image_size is 0: expected at least 1"),
+        (
+            dict(image_size=256, eval_image_size=320, eval_resize=300),
+            r"eval_resize is 300: expected at least eval_image_size \(=320\)",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_field(fields, message):

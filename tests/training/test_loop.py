@@ -117,6 +117,26 @@ def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_th
     assert "moving average" in (whole.workdir / "report.md").read_text()
 
 
+def test_a_run_may_be_evaluated_at_another_size_than_it_trains_at(tiny, tmp_path, monkeypatch):
+    sizes = []
+    step = loop.make_eval_step
+
+    def recording(model, config, mesh):
+        def call(variables, batch):
+            sizes.append(batch["image"].shape)
+            return compiled(variables, batch)
+
+        compiled = step(model, config, mesh)
+        return call
+
+    monkeypatch.setattr(loop, "make_eval_step", recording)
+    config = dataclasses.replace(tiny, eval_image_size=12, epochs=1)
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert set(sizes) == {(tiny.eval_batch_size, 12, 12, 1)}
+    assert result.history[-1]["test/accuracy"] == pytest.approx(result.comparison.training.accuracy)
+    assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.image_size == 12
+
+
 def test_a_run_without_a_moving_average_holds_none(finished):
     assert finished.state.ema is None
     assert finished.state.eval_variables == finished.state.variables
