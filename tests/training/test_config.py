@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import repvgg_jax.training.config as config_module
+import repvgg_jax.training.presets as presets_module
 from repvgg_jax.training import PRESETS, TrainConfig
 
 
@@ -73,3 +74,26 @@ def test_the_imagenet_preset_is_the_recipe_of_the_paper():
     assert (preset.epochs, preset.batch_size, preset.learning_rate, preset.weight_decay) == (120, 256, 0.1, 1e-4)
     assert (preset.momentum, preset.label_smoothing, preset.warmup_epochs) == (0.9, 0.0, 0)
     assert (preset.image_size, preset.eval_resize, preset.random_resized_crop) == (224, 256, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("digits", 0.1), ("cifar10", 0.4), ("cifar100", 0.4), ("cifar10_fast", 0.4), ("cifar10_cpu", 0.1),
+     ("cifar10_a0_stride32", 0.1), ("imagenet", 0.1), ("imagenet_heavy", 0.1), ("imagenet_plus", 0.1)],
+)  # fmt: skip
+def test_presets_train_at_the_rates_of_their_recipes(name, rate):
+    assert PRESETS[name].peak_learning_rate == pytest.approx(rate)
+
+
+def test_every_preset_has_its_command_beside_it():
+    source = Path(presets_module.__file__).read_text()
+    for name in PRESETS:
+        command = "python train.py" if name == "digits" else f"python train.py {name} --data-dir DIR"
+        assert re.search(rf"^# {command}.*\n# [A-Z].+\n_{name.upper()} = ", source, re.MULTILINE), name
+
+
+def test_the_plus_preset_is_tested_at_320_pixels_with_its_auxiliary_heads():
+    preset = PRESETS["imagenet_plus"]
+    assert (preset.image_size, preset.evaluation_size, preset.epochs, preset.weight_decay) == (256, 320, 300, 4e-5)
+    assert preset.create_model(10).auxiliary_heads
+    assert PRESETS["imagenet"].evaluation_size == 224
