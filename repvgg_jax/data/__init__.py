@@ -7,6 +7,7 @@ from repvgg_jax.data.load import load_dataset
 from repvgg_jax.data.mix import random_mix
 from repvgg_jax.data.normalization import measure_normalization
 from repvgg_jax.data.pipeline import eval_batches, train_iterator
+from repvgg_jax.data.trivial_augment import trivial_augment
 
 __all__ = [
     "ImageDataset",
@@ -24,4 +25,5 @@ __all__ = [
     "random_mix",
     "read_image",
     "train_iterator",
+    "trivial_augment",
 ]

@@ -104,15 +104,16 @@ def random_color_jitter(key: jax.Array, images: jax.Array, *, strength: float) -
     factors = jax.random.uniform(key, (3, images.shape[0], 1, 1, 1), minval=1 - strength, maxval=1 + strength)
     brightness, contrast, saturation = factors
     images = _scale_from(jnp.zeros(()), images.astype(jnp.float32), brightness)
-    images = _scale_from(_grey(images).mean((1, 2, 3), keepdims=True), images, contrast)
-    return _scale_from(_grey(images), images, saturation)
+    images = _scale_from(grey(images).mean((1, 2, 3), keepdims=True), images, contrast)
+    return _scale_from(grey(images), images, saturation)
 
 
 def _scale_from(origin: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.clip(origin + factor * (images - origin), 0, 255)
 
 
-def _grey(images: jax.Array) -> jax.Array:
+def grey(images: jax.Array) -> jax.Array:
+    """Luminance by ITU-R 601, `(…, C)` floating point to `(…, 1)`; images of one channel are their own."""
     if images.shape[-1] == 1:
         return images
     return (images * jnp.array([0.299, 0.587, 0.114])).sum(-1, keepdims=True)

@@ -46,6 +46,8 @@ class TrainConfig:
     """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
     flip: bool = True
     """Mirror half of the training images left to right, on the device."""
+    trivial_augment: bool = False
+    """Change each training image by one of 14 operations, at random strength, on the device (TrivialAugment)."""
     color_jitter: float = 0.0
     """Scale brightness, contrast and saturation by random factors in [1 - this, 1 + this]; 0 switches it off."""
     cutout: int = 0

@@ -14,7 +14,7 @@ CONFIG = TrainConfig(image_size=12, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), c
 IMAGES = jnp.asarray(noise(16, 12, 12, 3))
 LABELS = jnp.arange(16, dtype=jnp.int32) % 5
 KEY = jax.random.key(7)
-INGREDIENTS = dict(color_jitter=0.4, cutout=6, mixup=0.2, cutmix=1.0)
+INGREDIENTS = dict(trivial_augment=True, color_jitter=0.4, cutout=6, mixup=0.2, cutmix=1.0)
 
 
 def augmented(**fields):
