@@ -23,6 +23,9 @@ _MOST_DEGREES = 135.0
 def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
     """Applies to each image one operation of `OPERATIONS`.
 
+    Shapes are static, so every image pays for all operations and keeps one: 512 images of 32×32 pixels took 70 to
+    130 ms on two CPU cores.
+
     Args:
       key: random key.
       images: uint8 `(B, H, W, C)`, C 1 or 3.

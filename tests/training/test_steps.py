@@ -67,7 +67,8 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 
 @pytest.mark.usefixtures("float32")
 def test_eight_devices_augment_mix_and_accumulate_as_one_does():
-    config = dataclasses.replace(CONFIG, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, accumulate_steps=2)
+    ingredients = dict(trivial_augment=True, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9)
+    config = dataclasses.replace(CONFIG, accumulate_steps=2, **ingredients)
     one, losses_of_one, _ = run(config, 1, jax.devices()[:1])
     eight, losses_of_eight, _ = run(config, 1, jax.devices())
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
