@@ -51,6 +51,74 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
+def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
+    """Sets one square of each image to zero; after `normalize`, zero is the channel mean.
+
+    The centre is drawn uniformly over the pixels, so the square may lie partly outside (DeVries & Taylor, *Improved
+    Regularization of Convolutional Neural Networks with Cutout*, arXiv:1708.04552).
+
+    Args:
+      key: random key.
+      images: `(B, H, W, C)`, any dtype.
+      size: side of the square in pixels; must be static under jit.
+
+    Returns:
+      `(B, H, W, C)` of the same dtype.
+
+    Raises:
+      ValueError: negative size.
+    """
+    if size < 0:
+        raise ValueError(f"size (={size}) must not be negative")
+    batch, height, width, _ = images.shape
+    tops = jax.random.randint(key, (batch, 2), 0, jnp.array([height, width])) - size // 2
+    rows, columns = (
+        (jnp.arange(extent) >= top) & (jnp.arange(extent) < top + size)
+        for extent, top in ((height, tops[:, :1]), (width, tops[:, 1:]))
+    )
+    inside = rows[:, :, None] & columns[:, None, :]
+    return jnp.where(inside[..., None], 0, images)
+
+
+def random_color_jitter(key: jax.Array, images: jax.Array, *, strength: float) -> jax.Array:
+    """Scales brightness, then contrast, then saturation of each image, clipping to 0..255 after each.
+
+    Contrast is the distance to the image's mean grey, saturation that to each pixel's own grey; grey is ITU-R 601's,
+    as in Pillow and torchvision. Images of one channel are grey, so saturation leaves them alone.
+
+    Args:
+      key: random key.
+      images: `(B, H, W, C)`, C 1 or 3, values in 0..255.
+      strength: each image draws its three factors uniformly from [1 - strength, 1 + strength].
+
+    Returns:
+      float32 `(B, H, W, C)`, values in 0..255.
+
+    Raises:
+      ValueError: the strength is not in [0, 1], or C is not 1 or 3.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength (={strength}) must be in [0, 1]")
+    if images.shape[-1] not in (1, 3):
+        raise ValueError(f"images have {images.shape[-1]} channels: expected 1 (grey) or 3 (RGB)")
+    factors = jax.random.uniform(key, (3, images.shape[0], 1, 1, 1), minval=1 - strength, maxval=1 + strength)
+    brightness, contrast, saturation = factors
+    images = _scale_from(jnp.zeros(()), images.astype(jnp.float32), brightness)
+    images = _scale_from(grey(images).mean((1, 2, 3), keepdims=True), images, contrast)
+    return _scale_from(grey(images), images, saturation)
+
+
+def _scale_from(origin: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.clip(origin + factor * (images - origin), 0, 255)
+
+
+def grey(images: jax.Array) -> jax.Array:
+    """Luminance by ITU-R 601, `(…, C)` floating point to `(…, 1)`; images of one channel are their own."""
+    if images.shape[-1] == 1:
+        return images
+    return (images * jnp.array([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+
+
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:

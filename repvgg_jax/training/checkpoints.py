@@ -39,7 +39,7 @@ class Checkpoints:
         """Save the state under its step, and the data iterator's state beside it."""
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), data=ocp.args.JsonSave(data_state)),
         )
 
     def wait(self) -> None:
@@ -63,6 +63,11 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, python train.py")
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(_fields(template)), data=ocp.args.JsonRestore()),
         )
-        return restored["state"], restored["data"]
+        return TrainState(**restored["state"]), restored["data"]
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """The state by field, without those that are None, so that a checkpoint from before such a field restores."""
+    return {name: value for name, value in vars(state).items() if value is not None}

@@ -120,7 +120,7 @@ def fuse_and_compare(
     """
     deploy_model, deploy_variables = fuse_model(model, variables)
     in_channels = variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
-    images = jnp.zeros((1, config.image_size, config.image_size, in_channels))
+    images = jnp.zeros((1, config.evaluation_size, config.evaluation_size, in_channels))
     init = jax.eval_shape(lambda: deploy_model.init(jax.random.key(0), images, train=False))
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(deploy_variables, init)

@@ -36,6 +36,8 @@ class TrainConfig:
     """Where TFDS data sets lie prepared; TFDS' own default (~/tensorflow_datasets) where not given."""
     image_size: int = 32
     """Side length of the square images the network sees, in pixels."""
+    eval_image_size: int | None = None
+    """The same in evaluation and of the deploy form's input; image_size where not given."""
     eval_resize: int | None = None
     """In evaluation resize the shorter side to this first, then crop the centre (ImageNet: 256 for 224)."""
     random_resized_crop: bool = False
@@ -44,6 +46,16 @@ class TrainConfig:
     """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
     flip: bool = True
     """Mirror half of the training images left to right, on the device."""
+    trivial_augment: bool = False
+    """Change each training image by one of 14 operations, at random strength, on the device (TrivialAugment)."""
+    color_jitter: float = 0.0
+    """Scale brightness, contrast and saturation by random factors in [1 - this, 1 + this]; 0 switches it off."""
+    cutout: int = 0
+    """Blank a square of this many pixels a side at a random place of each training image; 0 switches it off."""
+    mixup: float = 0.0
+    """Blend images and targets pairwise with a weight from Beta(this, this); 0 switches it off."""
+    cutmix: float = 0.0
+    """Paste a box of another image, its area from Beta(this, this); 0 is off. With mixup: a coin toss a batch."""
     mean: tuple[float, ...] | None = None
     """Channel means in [0, 1] units; measured on the training split where not given."""
     std: tuple[float, ...] | None = None
@@ -58,7 +70,9 @@ class TrainConfig:
     eval_batch_size: int = 256
     """Images in an evaluation step, over all devices."""
     learning_rate: float = 0.1
-    """Peak learning rate of SGD, for the batch size given."""
+    """Peak learning rate of SGD, for batches of learning_rate_batch_size images."""
+    learning_rate_batch_size: int = 256
+    """Batch size that learning_rate is meant for; the rate used is learning_rate × batch_size / this."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0 before the cosine to 0; at most half of all epochs."""
     momentum: float = 0.9
@@ -69,6 +83,12 @@ class TrainConfig:
     """L2 on kernels and identity-norm scales; biases and the scales of 3x3 and 1x1 norms are exempt."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
+    grad_clip_norm: float = 0.0
+    """Scale the gradient of the loss down to this global norm, before weight decay is added; 0 switches it off."""
+    accumulate_steps: int = 1
+    """Microbatches a batch is split into, one after the other: less memory; batch norm sees each by itself."""
+    ema_decay: float = 0.0
+    """Evaluate, fuse and save a moving average of parameters and statistics with this decay a step; 0 is off."""
     auxiliary_weight: float = 0.1
     """Weight of each auxiliary head's loss (RepVGGplus only)."""
 
@@ -84,12 +104,22 @@ class TrainConfig:
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
+            cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1, accumulate_steps=1, grad_clip_norm=0,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
+        _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
+        _require(
+            self.batch_size % self.accumulate_steps == 0,
+            "accumulate_steps",
+            self.accumulate_steps,
+            f"a divisor of batch_size (={self.batch_size})",
+        )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
             (self.mean is None) == (self.std is None),
@@ -98,12 +128,13 @@ class TrainConfig:
             "both or neither",
         )
         _require(self.std is None or min(self.std) > 0, "std", self.std, "positive numbers")
-        resize = self.eval_resize
+        size, resize = self.eval_image_size, self.eval_resize
+        _require(size is None or size >= 1, "eval_image_size", size, "at least 1")
         _require(
-            resize is None or resize >= self.image_size,
+            resize is None or resize >= self.evaluation_size,
             "eval_resize",
             resize,
-            f"at least image_size (={self.image_size})",
+            f"at least {'image_size' if size is None else 'eval_image_size'} (={self.evaluation_size})",
         )
 
     def create_model(self, num_classes: int) -> RepVGG:
@@ -117,6 +148,16 @@ class TrainConfig:
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
         )
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side length of the images in evaluation."""
+        return self.image_size if self.eval_image_size is None else self.eval_image_size
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate at the end of warm-up, scaled linearly with the batch size (Goyal et al., arXiv:1706.02677)."""
+        return self.learning_rate * self.batch_size / self.learning_rate_batch_size
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

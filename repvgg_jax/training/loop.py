@@ -87,7 +87,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     run = _Run(config, dataset, steps_per_epoch, mesh)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         state, history = run.train(workdir, checkpoints)
-    comparison = finish(workdir, config, dataset, run.model, state.variables, mesh)
+    comparison = finish(workdir, config, dataset, run.model, state.eval_variables, mesh)
     return Result(workdir, state, comparison, history)
 
 
@@ -187,6 +187,7 @@ class _Run:
             f"{self.config.variant} on {self.config.dataset}: {len(self.dataset.train):,} training and "
             f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
             f"of {self.steps_per_epoch} steps on {devices}{resumed}\n"
+            f"peak learning rate {self.config.peak_learning_rate:.4g} at batch size {self.config.batch_size}\n"
             f"run directory: {workdir} (training step compiled in {compile_seconds:.1f} s)",
             flush=True,
         )
@@ -228,7 +229,7 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         results = [
-            self.eval_step(state.variables, shard_batch(batch, self.mesh))
+            self.eval_step(state.eval_variables, shard_batch(batch, self.mesh))
             for batch in test_batches(self.config, self.dataset)
         ]
         loss, correct, count = (sum(float(r[name]) for r in results) for name in ("loss", "correct", "count"))

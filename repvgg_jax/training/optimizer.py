@@ -14,7 +14,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     """Linear warm-up from 0, for at most half of all steps, then a cosine to 0 at the last.
 
     Args:
-      config: gives the peak rate, the warm-up and the epochs.
+      config: gives the peak rate (scaled to its batch size), the warm-up and the epochs.
       steps_per_epoch: training steps in an epoch.
 
     Returns:
@@ -22,10 +22,10 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 2)
-    cosine = optax.cosine_decay_schedule(config.learning_rate, total - warmup)
+    cosine = optax.cosine_decay_schedule(config.peak_learning_rate, total - warmup)
     if not warmup:
         return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), cosine], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, config.peak_learning_rate, warmup), cosine], [warmup])
 
 
 def weight_decay_mask(params: Any) -> Any:
@@ -49,9 +49,16 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
-    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch."""
+    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch.
+
+    Where the config clips, it clips the gradient of the loss alone: weight decay is added afterwards, so that its
+    strength does not depend on how large the gradient was. In PyTorch, too, `clip_grad_norm_` comes before the
+    optimizer adds its decay.
+    """
     schedule = learning_rate_schedule(config, steps_per_epoch)
+    clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     return optax.chain(
+        *clip,
         optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )

@@ -16,6 +16,8 @@ from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
 from repvgg_jax.training.files import write_whole
 
+_EMA_NOTE = "The test figures and the deploy form are of the moving average of the variables, the training figures not."
+
 
 def write_report(
     workdir: Path,
@@ -44,6 +46,7 @@ def write_report(
     settings = [
         (name, value) for name, value in dataclasses.asdict(config).items() if value is not None and name != "data_dir"
     ]
+    note = f"\n{_EMA_NOTE}" if config.ema_decay else ""
     seconds = sum(line["seconds"] for line in history)
     text = f"""# {config.variant} on {config.dataset}
 
@@ -63,7 +66,7 @@ The deploy form is what `deploy.safetensors` holds.
 
 ![loss and accuracy](curves.png)
 
-Training figures are averages over an epoch, on augmented images and smoothed targets; test figures are not.
+Training figures are averages over an epoch, on augmented images and smoothed targets; test figures are not.{note}
 
 ## Confusion matrix of the deploy form
 

@@ -77,7 +77,7 @@ def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
     return eval_batches(
         dataset.test,
         batch_size=config.eval_batch_size // jax.process_count(),
-        image_size=config.image_size,
+        image_size=config.evaluation_size,
         channels=dataset.channels,
         eval_resize=config.eval_resize,
         shard=(jax.process_index(), jax.process_count()),
@@ -120,7 +120,7 @@ def finish(
         return comparison
     mean, std = config.normalization
     preprocess = Preprocess(
-        image_size=config.image_size,
+        image_size=config.evaluation_size,
         channels=dataset.channels,
         mean=mean,
         std=std,
@@ -162,4 +162,4 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:
         state, _ = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh))
-    return finish(workdir, config, dataset, model, state.variables, mesh, check_only=check_only)
+    return finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)

@@ -12,26 +12,39 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repvgg_jax.data import normalize, random_crop, random_flip
+from repvgg_jax.data import normalize
 from repvgg_jax.models import RepVGG
+from repvgg_jax.training.accumulation import accumulate
+from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.ema import update_ema
 
 Batch = Mapping[str, Any]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step; replicated over the mesh."""
+    """Everything that changes from step to step; replicated over the mesh.
+
+    Attributes:
+      ema: moving average of `variables`, or None where the config's `ema_decay` is 0.
+    """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` and `fuse` take."""
+        """What is trained."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """What is evaluated, fused and saved: the moving average where there is one."""
+        return self.variables if self.ema is None else self.ema
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -40,13 +53,16 @@ def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
-    """Raise a ValueError unless the mesh divides the config's batch sizes."""
+    """Raise a ValueError unless the mesh, times its microbatches in training, divides the config's batch sizes."""
     for field in fields:
         size = getattr(config, field)
-        if size % mesh.size:
+        microbatches = config.accumulate_steps if field == "batch_size" else 1
+        multiple = mesh.size * microbatches
+        if size % multiple:
+            times = f" times accumulate_steps (={microbatches})" if microbatches > 1 else ""
             raise ValueError(
-                f"{field} is {size}: expected a multiple of the {mesh.size} devices, "
-                f"e.g. {-(-size // mesh.size) * mesh.size}"
+                f"{field} is {size}: expected a multiple of the {mesh.size} devices{times}, "
+                f"e.g. {-(-size // multiple) * multiple}"
             )
 
 
@@ -93,7 +109,8 @@ def _initializer(
         images = jnp.zeros((1, config.image_size, config.image_size, channels))
         variables = model.init(key, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+        ema = {"params": params, "batch_stats": batch_stats} if config.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ema)
 
     return init
 
@@ -103,48 +120,55 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Build the jitted training step.
 
-    Crop, flip and normalisation happen inside it, on the device. Batch statistics are those of the global batch.
+    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch, or,
+    with `accumulate_steps`, of each global microbatch in turn.
 
     Args:
       model: in its training form.
       optimizer: from `create_optimizer`.
       config: with `mean` and `std` filled in.
-      mesh: from `create_mesh`; its size must divide the batch.
+      mesh: from `create_mesh`; its size times `accumulate_steps` must divide the batch.
 
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
-      {'loss', 'accuracy'})`. The old state is donated: do not use it again.
+      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with. The old state is
+      donated: do not use it again.
     """
-    mean, std = config.normalization
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        crop_key, flip_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        images = batch["image"]
-        if config.crop_padding:
-            images = random_crop(crop_key, images, padding=config.crop_padding)
-        if config.flip:
-            images = random_flip(flip_key, images)
-        images = normalize(images, mean, std)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), config.label_smoothing)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        def loss_fn(params: Any, batch_stats: Any, inputs: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             output, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
+                {"params": params, "batch_stats": batch_stats},
+                inputs["image"],
                 train=True,
                 mutable=["batch_stats"],
             )
             logits, auxiliary = output if isinstance(output, tuple) else (output, {})
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
             for head in auxiliary.values():
-                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, targets).mean()
+                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
             return loss, (logits, updates["batch_stats"])
 
-        (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def compute(batch_stats: Any, inputs: Batch) -> tuple[Any, Any]:
+            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, (logits, batch_stats)), gradients = gradient_fn(state.params, batch_stats, inputs)
+            metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == inputs["label"]).mean()}
+            return batch_stats, (gradients, metrics)
+
+        inputs = {"image": images, "target": targets, "label": batch["label"]}
+        batch_stats, (gradients, metrics) = accumulate(
+            compute, state.batch_stats, inputs, steps=config.accumulate_steps, mesh=mesh
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == batch["label"]).mean()}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        ema = None
+        if config.ema_decay:
+            variables = {"params": params, "batch_stats": batch_stats}
+            ema = update_ema(state.ema, variables, state.step, config.ema_decay)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
     return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.data import normalize, random_crop, random_flip
+from repvgg_jax.data import normalize, random_color_jitter, random_crop, random_cutout, random_flip
 from tests.data.tiny_data import noise
 
 
@@ -60,7 +60,16 @@ def test_flipping_twice_with_one_key_restores_the_images():
     assert not (once == images).all()
 
 
-@pytest.mark.parametrize("augment", [lambda k, x: random_crop(k, x, padding=4), random_flip])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda k, x: random_crop(k, x, padding=4),
+        random_flip,
+        lambda k, x: random_cutout(k, x, size=4),
+        lambda k, x: random_color_jitter(k, x, strength=0.4).round(2),
+    ],
+    ids=["crop", "flip", "cutout", "color_jitter"],
+)
 def test_augmentation_depends_on_the_key_alone(augment):
     images = jnp.asarray(noise(32, 8, 8, 3))
     first, again = augment(jax.random.key(0), images), jax.jit(augment)(jax.random.key(0), images)
@@ -82,3 +91,77 @@ def test_normalize_computes_its_formula(dtype):
 def test_normalize_refuses_statistics_of_other_channels():
     with pytest.raises(ValueError, match="std has 1 values, but the images have 3 channels"):
         normalize(jnp.zeros((1, 2, 2, 3)), (0.5, 0.5, 0.5), (0.5,))
+
+
+def squares(height: int, width: int, size: int) -> set[bytes]:
+    """Every mask that a square centred on a pixel, cut off at the borders, can leave."""
+    masks = set()
+    for row in range(height):
+        for column in range(width):
+            top, left = row - size // 2, column - size // 2
+            mask = np.ones((height, width), bool)
+            mask[max(top, 0) : top + size, max(left, 0) : left + size] = False
+            masks.add(mask.tobytes())
+    return masks
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(3, np.float32), (4, np.uint8)])
+def test_each_cutout_is_a_square_about_a_pixel_cut_off_at_the_borders(size, dtype):
+    images = np.maximum(noise(300, 6, 5, 3), 1).astype(dtype)
+    cut = np.asarray(random_cutout(jax.random.key(0), jnp.asarray(images), size=size))
+    kept = (cut == images).all(-1)
+    assert cut.dtype == dtype
+    assert (kept | (cut == 0).all(-1)).all()
+    found = {mask.tobytes() for mask in kept}
+    assert found == squares(6, 5, size), "300 draws among 30 centres reach every square"
+    assert found != squares(6, 5, size + 1)
+
+
+def test_cutout_covers_the_share_that_uniform_centres_give():
+    kept = random_cutout(jax.random.key(1), jnp.ones((4000, 16, 16, 1)), size=8)
+    # Along one axis 8 of 16 pixels, less what centres near the border cut off: 4 + 3 + 2 + 1 and 3 + 2 + 1 of 16 × 8.
+    along = (8 - 16 / 16) / 16
+    assert float(1 - kept.mean()) == pytest.approx(along**2, rel=0.03)
+    assert float(1 - kept.mean()) != pytest.approx(0.25, rel=0.03)
+
+
+def test_a_cutout_of_no_size_changes_nothing_and_a_negative_one_is_refused():
+    images = jnp.asarray(noise(3, 4, 4, 3))
+    np.testing.assert_array_equal(random_cutout(jax.random.key(0), images, size=0), images)
+    with pytest.raises(ValueError, match=r"size \(=-1\)"):
+        random_cutout(jax.random.key(0), images, size=-1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_jitter_is_its_formula_in_numpy(channels):
+    key, images = jax.random.key(2), noise(8, 5, 4, channels)
+    factors = np.asarray(jax.random.uniform(key, (3, 8, 1, 1, 1), minval=0.5, maxval=1.5), np.float64)
+
+    def grey(x):
+        return x if channels == 1 else (x * [0.299, 0.587, 0.114]).sum(-1, keepdims=True)
+
+    expected = np.clip(images * factors[0], 0, 255)
+    mean = grey(expected).mean((1, 2, 3), keepdims=True)
+    expected = np.clip(mean + factors[1] * (expected - mean), 0, 255)
+    before_saturation = expected
+    expected = np.clip(grey(expected) + factors[2] * (expected - grey(expected)), 0, 255)
+    result = random_color_jitter(key, jnp.asarray(images), strength=0.5)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, atol=1e-3)
+    assert (abs(result - before_saturation).max() > 1) == (channels == 3)
+    assert result.min() >= 0
+    assert result.max() <= 255
+
+
+def test_color_jitter_of_no_strength_changes_nothing():
+    images = noise(4, 5, 5, 3)
+    np.testing.assert_allclose(
+        random_color_jitter(jax.random.key(0), jnp.asarray(images), strength=0), images, atol=1e-4
+    )
+
+
+def test_color_jitter_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match=r"strength \(=1.5\)"):
+        random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 3)), strength=1.5)
+    with pytest.raises(ValueError, match="images have 4 channels"):
+        random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 4)), strength=0.5)

@@ -17,6 +17,7 @@ def test_training_by_flags_ends_with_the_table_and_a_run_directory(data_dir, tmp
     run = tmp_path / "run"
     assert train_command([*TINY.split(), "--data-dir", data_dir, "--workdir", str(run)]) == 0
     output = capsys.readouterr().out
+    assert "peak learning rate 0.1 at batch size 64" in output
     assert "epoch 1/1  train loss" in output
     assert "predictions changed" in output
     assert f"report: {run / 'report.md'}" in output

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import repvgg_jax.training.config as config_module
+import repvgg_jax.training.presets as presets_module
 from repvgg_jax.training import PRESETS, TrainConfig
 
 
@@ -16,13 +17,28 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(strides=(1, 1, 2, 2, 3)), "strides are .*each 1 or 2"),
         (dict(batch_size=0), "batch_size is 0: expected at least 1"),
         (dict(warmup_epochs=-1), "warmup_epochs is -1: expected at least 0"),
+        (dict(learning_rate_batch_size=0), "learning_rate_batch_size is 0: expected at least 1"),
         (dict(learning_rate=0.0), "learning_rate is 0.0: expected more than 0"),
         (dict(momentum=1.0), r"momentum is 1.0: expected in \[0, 1\)"),
         (dict(label_smoothing=1.5), "label_smoothing is 1.5"),
+        (dict(color_jitter=1.5), r"color_jitter is 1.5: expected in \[0, 1\]"),
+        (dict(cutout=-1), "cutout is -1: expected at least 0"),
+        (dict(cutout=33), r"cutout is 33: expected at most image_size \(=32\)"),
+        (dict(mixup=-0.2), "mixup is -0.2: expected at least 0"),
+        (dict(cutmix=-1.0), "cutmix is -1.0: expected at least 0"),
+        (dict(grad_clip_norm=-1.0), "grad_clip_norm is -1.0: expected at least 0"),
+        (dict(accumulate_steps=0), "accumulate_steps is 0: expected at least 1"),
+        (dict(accumulate_steps=3), r"accumulate_steps is 3: expected a divisor of batch_size \(=256\)"),
+        (dict(ema_decay=1.0), r"ema_decay is 1.0: expected in \[0, 1\)"),
         (dict(dtype="float16"), "dtype is float16: expected float32 or bfloat16"),
         (dict(mean=(0.5,)), "mean and std is .*expected both or neither"),
         (dict(mean=(0.5,), std=(0.0,)), "std is .*expected positive"),
         (dict(image_size=224, eval_resize=200), r"eval_resize is 200: expected at least image_size \(=224\)"),
+        (dict(eval_image_size=0), "eval_image_size is 0: expected at least 1"),
+        (
+            dict(image_size=256, eval_image_size=320, eval_resize=300),
+            r"eval_resize is 300: expected at least eval_image_size \(=320\)",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_field(fields, message):
@@ -58,3 +74,26 @@ def test_the_imagenet_preset_is_the_recipe_of_the_paper():
     assert (preset.epochs, preset.batch_size, preset.learning_rate, preset.weight_decay) == (120, 256, 0.1, 1e-4)
     assert (preset.momentum, preset.label_smoothing, preset.warmup_epochs) == (0.9, 0.0, 0)
     assert (preset.image_size, preset.eval_resize, preset.random_resized_crop) == (224, 256, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("digits", 0.1), ("cifar10", 0.4), ("cifar100", 0.4), ("cifar10_fast", 0.4), ("cifar10_cpu", 0.1),
+     ("cifar10_a0_stride32", 0.1), ("imagenet", 0.1), ("imagenet_heavy", 0.1), ("imagenet_plus", 0.1)],
+)  # fmt: skip
+def test_presets_train_at_the_rates_of_their_recipes(name, rate):
+    assert PRESETS[name].peak_learning_rate == pytest.approx(rate)
+
+
+def test_every_preset_has_its_command_beside_it():
+    source = Path(presets_module.__file__).read_text()
+    for name in PRESETS:
+        command = "python train.py" if name == "digits" else f"python train.py {name} --data-dir DIR"
+        assert re.search(rf"^# {command}.*\n# [A-Z].+\n_{name.upper()} = ", source, re.MULTILINE), name
+
+
+def test_the_plus_preset_is_tested_at_320_pixels_with_its_auxiliary_heads():
+    preset = PRESETS["imagenet_plus"]
+    assert (preset.image_size, preset.evaluation_size, preset.epochs, preset.weight_decay) == (256, 320, 300, 4e-5)
+    assert preset.create_model(10).auxiliary_heads
+    assert PRESETS["imagenet"].evaluation_size == 224

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainingDivergedError, loop, train_and_evaluate
+from repvgg_jax.training import TrainingDivergedError, fuse_run, loop, train_and_evaluate
 from repvgg_jax.training.metrics import read_metrics
 
 
@@ -55,10 +56,11 @@ def test_the_deploy_file_classifies_raw_images_as_the_run_did(finished, tiny):
     np.testing.assert_array_equal(predictions, finished.comparison.predictions)
 
 
-def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp_path, monkeypatch):
-    class StopError(Exception):
-        pass
+class StopError(Exception):
+    pass
 
+
+def stop_after_the_first_checkpoint(patch):
     save = loop.Checkpoints.save
 
     def save_then_stop(self, state, data_state):
@@ -66,8 +68,12 @@ def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp
         self.wait()
         raise StopError
 
+    patch.setattr(loop.Checkpoints, "save", save_then_stop)
+
+
+def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", save_then_stop)
+        stop_after_the_first_checkpoint(patch)
         with pytest.raises(StopError):
             train_and_evaluate(tiny, tmp_path / "run")
     # A line that was logged after the last checkpoint must not stand twice.
@@ -82,6 +88,59 @@ def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp
     another_seed = train_and_evaluate(dataclasses.replace(tiny, seed=1), tmp_path / "other")
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(another_seed.state.params, finished.state.params)
+
+
+def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_the_average(tiny, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny, ema_decay=0.9, cutout=2, mixup=0.2, cutmix=1.0, color_jitter=0.2)
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after_the_first_checkpoint(patch)
+        with pytest.raises(StopError):
+            train_and_evaluate(config, tmp_path / "run")
+    resumed = train_and_evaluate(config, tmp_path / "run")
+    chex.assert_trees_all_equal(resumed.state, whole.state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(whole.state.ema, whole.state.variables)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(whole.state.ema, whole.state.variables, rtol=1e-3)
+
+    model = config.create_model(10)
+    _, fused = fuse_model(model, whole.state.ema)
+    saved = load_deploy(whole.workdir / "deploy.safetensors").variables
+    chex.assert_trees_all_close(saved, fused, rtol=1e-5, atol=1e-6)
+    _, fused_without = fuse_model(model, whole.state.variables)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(saved, fused_without, rtol=1e-3)
+    assert whole.history[-1]["test/accuracy"] == pytest.approx(whole.comparison.training.accuracy)
+    again = fuse_run(whole.workdir)
+    assert again.agreement == whole.comparison.agreement
+    assert again.deploy.accuracy == whole.comparison.deploy.accuracy
+    assert "moving average" in (whole.workdir / "report.md").read_text()
+
+
+def test_a_run_may_be_evaluated_at_another_size_than_it_trains_at(tiny, tmp_path, monkeypatch):
+    sizes = []
+    step = loop.make_eval_step
+
+    def recording(model, config, mesh):
+        def call(variables, batch):
+            sizes.append(batch["image"].shape)
+            return compiled(variables, batch)
+
+        compiled = step(model, config, mesh)
+        return call
+
+    monkeypatch.setattr(loop, "make_eval_step", recording)
+    config = dataclasses.replace(tiny, eval_image_size=12, epochs=1)
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert set(sizes) == {(tiny.eval_batch_size, 12, 12, 1)}
+    assert result.history[-1]["test/accuracy"] == pytest.approx(result.comparison.training.accuracy)
+    assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.image_size == 12
+
+
+def test_a_run_without_a_moving_average_holds_none(finished):
+    assert finished.state.ema is None
+    assert finished.state.eval_variables == finished.state.variables
+    assert "moving average" not in (finished.workdir / "report.md").read_text()
 
 
 def test_a_finished_run_is_not_trained_again(tiny, finished, monkeypatch):
@@ -108,6 +167,10 @@ def test_a_directory_with_other_files_is_refused(tiny, tmp_path):
     ("fields", "message"),
     [
         (dict(batch_size=12), r"batch_size is 12: expected a multiple of the 8 devices, e.g. 16"),
+        (
+            dict(batch_size=24, accumulate_steps=2),
+            r"batch_size is 24: .* 8 devices times accumulate_steps \(=2\), e.g. 32",
+        ),
         (dict(eval_batch_size=12), "eval_batch_size is 12"),
         (dict(batch_size=1440), "batch_size is 1440: expected at most 1437"),
         (dict(mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1)), "expected 1 values each"),

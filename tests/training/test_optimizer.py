@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,13 @@ def test_a_short_run_of_a_long_recipe_warms_up_for_half_of_it():
 def test_without_warm_up_the_rate_starts_at_its_peak():
     schedule = learning_rate_schedule(TrainConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
     assert float(schedule(0)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("batch_size", "peak"), [(128, 0.2), (256, 0.4), (1024, 1.6)])
+def test_the_rate_grows_linearly_with_the_batch_size(batch_size, peak):
+    config = TrainConfig(epochs=10, warmup_epochs=1, learning_rate=0.1, batch_size=batch_size)
+    schedule = learning_rate_schedule(dataclasses.replace(config, learning_rate_batch_size=64), steps_per_epoch=10)
+    assert max(float(schedule(step)) for step in range(100)) == pytest.approx(peak)
 
 
 def test_weight_decay_spares_biases_and_the_scales_behind_convolutions():
@@ -57,3 +66,19 @@ def test_steps_are_those_of_pytorchs_sgd_with_nesterov_and_weight_decay():
             velocity[name] = 0.9 * velocity[name] + total
             expected[name] -= 0.5 * (total + 0.9 * velocity[name])
             np.testing.assert_allclose(params["head"][name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_clipping_bounds_the_norm_of_the_gradient_and_leaves_weight_decay_whole(scale):
+    config = TrainConfig(epochs=1000, learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.1)
+    params = {"head": {"kernel": jnp.array([2.0, 0.0]), "bias": jnp.array([5.0])}}
+    gradients = {"head": {"kernel": scale * jnp.array([0.48, 0.64]), "bias": scale * jnp.array([0.6])}}
+    updates = {}
+    for norm in (0.0, 1.0):
+        optimizer = create_optimizer(dataclasses.replace(config, grad_clip_norm=norm), steps_per_epoch=1000)
+        updates[norm], _ = optimizer.update(gradients, optimizer.init(params), params)
+    clipped = min(scale, 1.0)
+    np.testing.assert_allclose(updates[1.0]["head"]["kernel"], [-0.48 * clipped - 0.2, -0.64 * clipped], rtol=1e-5)
+    np.testing.assert_allclose(updates[1.0]["head"]["bias"], [-0.6 * clipped], rtol=1e-5)
+    unclipped = np.allclose(updates[0.0]["head"]["kernel"], updates[1.0]["head"]["kernel"])
+    assert unclipped == (scale < 1)

@@ -20,6 +20,7 @@ CONFIG = TrainConfig(
     crop_padding=1,
     batch_size=16,
     learning_rate=0.05,
+    learning_rate_batch_size=16,
     label_smoothing=0.1,
 )
 
@@ -65,6 +66,19 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 
 
 @pytest.mark.usefixtures("float32")
+def test_eight_devices_augment_mix_and_accumulate_as_one_does():
+    ingredients = dict(trivial_augment=True, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9)
+    config = dataclasses.replace(CONFIG, accumulate_steps=2, **ingredients)
+    one, losses_of_one, _ = run(config, 1, jax.devices()[:1])
+    eight, losses_of_eight, _ = run(config, 1, jax.devices())
+    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
+    chex.assert_trees_all_close(eight.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
+    plain, _, _ = run(CONFIG, 1, jax.devices())
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(plain.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("float32")
 def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images():
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
     mesh = create_mesh(jax.devices()[:1])
@@ -89,6 +103,37 @@ def test_auxiliary_heads_add_their_weighted_losses():
         assert "stage3_first_aux" in state.params
     # Three heads over four classes start near log 4 each.
     assert losses[0.1] - losses[0.0] == pytest.approx(0.1 * 3 * np.log(4), rel=0.5)
+
+
+@pytest.mark.usefixtures("float32")
+def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, accumulate_steps=2)
+    mesh = create_mesh(jax.devices()[:1])
+    model, optimizer = config.create_model(4), optax.sgd(1.0)
+    initial = jax.device_get(create_state(model, optimizer, config, 1, mesh))
+    data = batch()
+    images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
+    targets = (np.eye(4)[data["label"]] * 0.9 + 0.1 / 4).astype(np.float32)
+    stats, gradients, losses = initial.batch_stats, [], []
+    for first in (0, 1):
+
+        def loss_fn(params, rows=slice(first, None, 2), stats=stats):
+            variables = {"params": params, "batch_stats": stats}
+            logits, updates = model.apply(variables, images[rows], train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy(logits, targets[rows]).mean(), updates["batch_stats"]
+
+        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(initial.params)
+        gradients.append(gradient)
+        losses.append(float(loss))
+    expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, initial.params, *gradients)
+    state, metrics = make_train_step(model, optimizer, config, mesh)(initial, shard_batch(data, mesh))
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
+    whole = dataclasses.replace(config, accumulate_steps=1)
+    state, _ = make_train_step(model, optimizer, whole, mesh)(initial, shard_batch(data, mesh))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
 
 
 def test_masked_rows_count_in_no_sum():

@@ -1,0 +1,27 @@
+"""Exponential moving average of a network's variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def update_ema(ema: Any, variables: Any, step: jax.Array, decay: float) -> Any:
+    """Move the average towards the variables.
+
+    The decay of a step is min(decay, (1 + step) / (10 + step)): early on the average forgets its start quickly, as in
+    TensorFlow's `ExponentialMovingAverage`.
+
+    Args:
+      ema: the average so far, a tree of floating-point arrays.
+      variables: a tree of the same structure.
+      step: updates made before this one, a scalar.
+      decay: of all later steps, in [0, 1).
+
+    Returns:
+      decay · ema + (1 - decay) · variables, of the same dtypes.
+    """
+    now = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: (now * old + (1 - now) * new).astype(old.dtype), ema, variables)

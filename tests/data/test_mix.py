@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax.data.mix import cutmix_weights, mix, mixup_weights, random_mix
+from tests.data.tiny_data import noise
+
+IMAGES = noise(6, 8, 10, 3).astype(np.float32)
+TARGETS = np.eye(5, dtype=np.float32)[[0, 1, 2, 3, 4, 1]] * 0.9 + 0.02
+
+
+def test_mixing_blends_images_by_the_weights_and_targets_by_their_mean():
+    weights = np.random.default_rng(0).random((8, 10)).astype(np.float32)
+    images, targets = mix(jnp.asarray(IMAGES), jnp.asarray(TARGETS), jnp.asarray(weights))
+    for i in range(6):
+        partner = (i + 1) % 6
+        own = weights[:, :, None]
+        np.testing.assert_allclose(images[i], own * IMAGES[i] + (1 - own) * IMAGES[partner], rtol=1e-5, atol=1e-4)
+        share = weights.mean()
+        np.testing.assert_allclose(targets[i], share * TARGETS[i] + (1 - share) * TARGETS[partner], rtol=1e-5)
+        assert abs(targets[i] - TARGETS[i]).max() > 0.1
+
+
+@pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixed_targets_sum_to_one_and_depend_on_the_key_alone(alphas):
+    def augment(key):
+        return random_mix(key, jnp.asarray(IMAGES), jnp.asarray(TARGETS), mixup=alphas[0], cutmix=alphas[1])
+
+    first, again, other = augment(jax.random.key(0)), jax.jit(augment)(jax.random.key(0)), augment(jax.random.key(1))
+    for before, same, different in zip(first, again, other, strict=True):
+        np.testing.assert_allclose(before, same, rtol=1e-5, atol=1e-4)
+        assert abs(before - different).max() > 0.01
+    np.testing.assert_allclose(first[1].sum(-1), np.ones(6), rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_mixup_draws_one_weight_a_batch_from_beta(alpha):
+    keys = jax.random.split(jax.random.key(0), 2000)
+    weights = np.asarray(jax.vmap(lambda key: mixup_weights(key, (2, 3), alpha=alpha))(keys))
+    np.testing.assert_array_equal(weights.min((1, 2)), weights.max((1, 2)))
+    assert weights.mean() == pytest.approx(0.5, abs=0.03)
+    assert weights[:, 0, 0].var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+def test_cutmix_cuts_a_box_whose_weights_count_its_true_area():
+    keys = jax.random.split(jax.random.key(0), 500)
+    shares = []
+    for weights in np.asarray(jax.vmap(lambda key: cutmix_weights(key, (16, 24), alpha=1.0))(keys)):
+        assert set(np.unique(weights)) <= {0.0, 1.0}
+        inside = weights == 0
+        rows, columns = inside.any(1), inside.any(0)
+        np.testing.assert_array_equal(inside, rows[:, None] & columns)
+        for side in (rows, columns):
+            assert (np.diff(side.astype(int)) == 1).sum() <= 1, "one box, not two"
+        shares.append(inside.mean())
+    # Cutting off at the borders leaves less than the half that Beta(1, 1) means on average.
+    assert 0.2 < np.mean(shares) < 0.4
+    assert max(shares) > 0.8
+
+
+def test_cutmix_takes_each_pixel_from_one_of_the_two_images():
+    images, targets = random_mix(jax.random.key(3), jnp.asarray(IMAGES), jnp.asarray(TARGETS), mixup=0.0, cutmix=1.0)
+    own = (np.asarray(images) == IMAGES).all(-1)
+    other = (np.asarray(images) == np.roll(IMAGES, -1, axis=0)).all(-1)
+    assert (own ^ other).all()
+    assert 0 < other.mean() < 1
+    share = own[0].mean()
+    np.testing.assert_allclose(targets, share * TARGETS + (1 - share) * np.roll(TARGETS, -1, axis=0), rtol=1e-5)
+
+
+def test_where_both_are_on_each_batch_takes_one_by_a_fair_coin():
+    def cut(key):
+        images, _ = random_mix(key, jnp.asarray(IMAGES), jnp.asarray(TARGETS), mixup=1.0, cutmix=1.0)
+        pure = (images == IMAGES) | (images == jnp.roll(IMAGES, -1, axis=0))
+        return pure.all()
+
+    cuts = np.asarray(jax.vmap(cut)(jax.random.split(jax.random.key(0), 200)))
+    assert 70 < cuts.sum() < 130, "4.2 standard deviations"
+
+
+def test_without_mixing_nothing_changes():
+    images, targets = jnp.asarray(IMAGES), jnp.asarray(TARGETS)
+    same = random_mix(jax.random.key(0), images, targets, mixup=0.0, cutmix=0.0)
+    assert same[0] is images
+    assert same[1] is targets
+
+
+def test_a_negative_alpha_is_refused():
+    with pytest.raises(ValueError, match=r"cutmix \(=-1\)"):
+        random_mix(jax.random.key(0), jnp.asarray(IMAGES), jnp.asarray(TARGETS), mixup=0, cutmix=-1)
