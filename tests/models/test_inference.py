@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import compile_inference, create_model, fuse_model
-from repvgg_jax.models.inference import _split
+from repvgg_jax.models.inference import _CUDA_OPTIONS, _split
 from repvgg_jax.ops import inference_on
 from tests.random_variables import random_variables
 
@@ -81,3 +81,11 @@ def test_what_the_weights_alone_determine_is_not_in_the_compiled_program():
     assert "select_n" not in late
     assert late.count("convert_element_type") <= 2  # the pooled features and no weight
     assert {leaf.dtype for leaf in prepared if leaf.ndim == 4} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_the_options_for_cuda_are_options_of_this_jax():
+    """XLA checks names and values on every platform; on the CPU they do nothing."""
+    increment = jax.jit(lambda x: x + 1, compiler_options=_CUDA_OPTIONS)
+    assert increment(jnp.ones(())) == 2
+    with pytest.raises(Exception, match="NONSENSE"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_enable_command_buffer": "NONSENSE"})(jnp.ones(()))
