@@ -5,6 +5,7 @@ case, `run` times calls of it. On a CPU a process is stopped while it is not ask
 would take the others' cores.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -107,6 +108,9 @@ class _Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 class Race:
@@ -131,7 +135,9 @@ class Race:
         """Prepares all cases, then lets them take turns of about `seconds` each."""
         modules = list(dict.fromkeys(PEERS[case.peer] for case in cases))
         for module in modules:
-            if module not in self._workers or self._workers[module].process.poll() is not None:
+            if module in self._workers and self._workers[module].process.poll() is not None:
+                self._workers.pop(module).close()
+            if module not in self._workers:
                 self._workers[module] = _Worker(module, stopped=not self.on_gpu)
 
         def prepare(module: str) -> list[dict]:

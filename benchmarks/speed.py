@@ -132,6 +132,8 @@ def draw(results: dict[str, list[list[Time]]], path: Path) -> None:
         for other in contest[1:]
         if contest[0].seconds and other.seconds
     ]
+    if not bars:
+        return
     figure, axes = plt.subplots(figsize=(9, 1 + 0.42 * len(bars)), layout="constrained")
     names, values = zip(*reversed(bars), strict=True)
     axes.barh(range(len(bars)), values, color=["#2a7f9e" if value >= 1 else "#c0504d" for value in values])

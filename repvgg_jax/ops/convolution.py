@@ -123,7 +123,7 @@ def _fastest(direction: str, chosen: dict[str, Choice], **static: Any) -> dict[s
 
 
 def _forward(x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike, exact: bool) -> jax.Array:
-    chosen = choose(x.shape, kernel.shape, window, x.dtype, exact)
+    chosen = choose(x.shape, kernel.shape, window, x.dtype, exact, kernel_ahead=known_platform() is not None)
     return by_platform(
         materialize(x),
         kernel,

@@ -38,6 +38,7 @@ def choose(
     window: Window,
     dtype: jax.typing.DTypeLike = jnp.float32,
     exact: bool = False,
+    kernel_ahead: bool = False,
 ) -> dict[str, Choice]:
     """The fastest known lowerings for one convolution, by platform; a platform that is missing takes the plain one.
 
@@ -47,9 +48,10 @@ def choose(
         window: of the convolution.
         dtype: of images and kernel.
         exact: no Winograd, which rounds more.
+        kernel_ahead: what the kernel alone determines costs nothing, because it is computed ahead of time.
     """
     if dtype == jnp.float32:
-        return {"cpu": _choose_on_cpu(input_shape, kernel_shape, window, exact)}
+        return {"cpu": _choose_on_cpu(input_shape, kernel_shape, window, exact, kernel_ahead)}
     if jnp.dtype(dtype).itemsize == 2:
         choice = _choose_on_cuda(input_shape, kernel_shape, window)
         return {} if choice == _PLAIN else {"cuda": choice}
@@ -68,8 +70,7 @@ def _choose_on_cuda(input_shape: Shape, kernel_shape: Shape, window: Window) -> 
     return _PLAIN
 
 
-def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exact: bool) -> Choice:
-
+def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exact: bool, kernel_ahead: bool) -> Choice:
     def supported(name: str) -> bool:
         return LOWERINGS[name].supports(input_shape, kernel_shape, window)
 
@@ -81,8 +82,11 @@ def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exac
     if not supported("im2col") or (2 * pixels * math.prod(kernel_shape) < 4e7 and not tiny):
         return _PLAIN
     narrowest = min(kernel_shape[2], kernel_shape[3] // window.groups)
-    if not exact and narrowest >= 16 and (pixels >= 512 or tiny) and supported("winograd_f4"):
-        return Choice("winograd_f4", "winograd_f4", "winograd_f4")
+    if not exact and narrowest >= 16 and supported("winograd_f4"):
+        if pixels >= 512 or tiny:
+            return Choice("winograd_f4", "winograd_f4", "winograd_f4")
+        if kernel_ahead and pixels >= 128:  # reading the larger kernels of F(4×4) would take longer
+            return Choice("winograd_f2", "winograd_f2", "winograd_f2")
     small = rows * columns < 64
     return Choice(
         "im2col" if small else "plain",

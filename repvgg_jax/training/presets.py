@@ -29,6 +29,8 @@ _DIGITS = TrainConfig(
 
 # python train.py cifar10 --data-dir DIR
 # One GPU or TPU. Strides (1, 1, 2, 2, 2) leave an 8×8 map before stage 4; the rate rises to 0.4 at batch 512.
+# On a copy of CIFAR-10 in JPEG of quality 75: 91.84 %, one seed, 6 minutes on an H100 that two runs shared (91.54 %
+# without TrivialAugment).
 _CIFAR10 = TrainConfig(
     variant="repvgg_a0",
     dtype="bfloat16",
@@ -39,6 +41,7 @@ _CIFAR10 = TrainConfig(
     std=(0.2470, 0.2435, 0.2616),
     crop_padding=4,
     flip=True,
+    trivial_augment=True,
     cutout=8,
     epochs=100,
     batch_size=512,
@@ -54,13 +57,14 @@ _CIFAR10 = TrainConfig(
 
 # python train.py cifar10_fast --data-dir DIR
 # One GPU or TPU. The same in a fifth of the epochs: too few of them for cutout, and a shorter average.
-_CIFAR10_FAST = dataclasses.replace(_CIFAR10, epochs=20, cutout=0, ema_decay=0.99)
+_CIFAR10_FAST = dataclasses.replace(_CIFAR10, epochs=20, trivial_augment=False, cutout=0, ema_decay=0.99)
 
 # python train.py cifar10_a0_stride32 --data-dir DIR
 # Two CPU cores, or any accelerator. The published A0, strides and all: an image ends as one pixel, a step is cheap.
 _CIFAR10_A0_STRIDE32 = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
+    trivial_augment=False,
     strides=(2, 2, 2, 2, 2),
     epochs=80,
     batch_size=256,
@@ -75,6 +79,7 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
+    trivial_augment=False,
     strides=(1, 2, 2, 2, 1),
     width_multiplier=(0.5, 0.5, 0.5, 1.0),
     cutout=0,

@@ -83,6 +83,19 @@ def test_what_the_weights_alone_determine_is_not_in_the_compiled_program():
     assert {leaf.dtype for leaf in prepared if leaf.ndim == 4} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_winograd_kernels_are_transformed_ahead_of_time():
+    model = create_model("repvgg_a0", depths=(1, 1, 2, 1), num_classes=5, deploy=True)
+    x = jax.random.normal(jax.random.key(1), (1, 224, 224, 3))
+    variables = random_variables(model, x.shape, jnp.float32)
+    leaves, structure = jax.tree.flatten(variables)
+    with inference_on("cpu"):
+        traced = jax.make_jaxpr(lambda v, x: model.apply(jax.tree.unflatten(structure, v), x, train=False))(leaves, x)
+    prepare, _ = _split(traced)
+    assert (4, 4, 192, 192) in [leaf.shape for leaf in jax.eval_shape(prepare, *leaves)]
+    found, expected = compile_inference(model, variables, x)(x), model.apply(variables, x, train=False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 def test_the_options_for_cuda_are_options_of_this_jax():
     """XLA checks names and values on every platform; on the CPU they do nothing."""
     increment = jax.jit(lambda x: x + 1, compiler_options=_CUDA_OPTIONS)

@@ -226,6 +226,13 @@ def test_other_dtypes_are_plain_convolutions(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_kernels_transformed_ahead_of_time_make_winograd_worth_its_while_on_fewer_pixels():
+    shapes, window = ((1, 14, 14, 192), (3, 3, 192, 192)), Window(padding=ONE)
+    assert choose(*shapes, window)["cpu"].forward == "plain"
+    assert choose(*shapes, window, kernel_ahead=True)["cpu"].forward == "winograd_f2"
+    assert choose(*shapes, window, exact=True, kernel_ahead=True)["cpu"].forward == "plain"
+
+
 def test_in_sixteen_bits_a_large_stem_takes_space_to_depth_on_cuda_alone():
     shapes, window = ((32, 224, 224, 3), (3, 3, 3, 48)), Window((2, 2), ONE)
     chosen = choose(*shapes, window, jnp.bfloat16)

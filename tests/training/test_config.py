@@ -89,7 +89,7 @@ def test_every_preset_has_its_command_beside_it():
     source = Path(presets_module.__file__).read_text()
     for name in PRESETS:
         command = "python train.py" if name == "digits" else f"python train.py {name} --data-dir DIR"
-        assert re.search(rf"^# {command}.*\n# [A-Z].+\n_{name.upper()} = ", source, re.MULTILINE), name
+        assert re.search(rf"^# {command}.*\n# [A-Z].+\n(# .+\n)*_{name.upper()} = ", source, re.MULTILINE), name
 
 
 def test_the_plus_preset_is_tested_at_320_pixels_with_its_auxiliary_heads():
