@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.memory import megabytes
 from benchmarks.race import Case, Race, Time, ratio
 from benchmarks.speed import row, suites
 
@@ -55,3 +56,12 @@ def test_gpu_sh_runs_dry_on_a_cpu(tmp_path):
     assert set(results) == {"paper", "variants"}
     assert all(time["seconds"] for contests in results.values() for contest in contests for time in contest)
     assert "repvgg_b1g4 training" in (tmp_path / "speed.md").read_text()
+
+
+def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_more():
+    training, deploy, gradients = (
+        megabytes("repvgg_a0", form, batch=2, size=32) for form in ("training form", "deploy form", "gradients")
+    )
+    assert deploy[0] < training[0] == gradients[0]
+    assert deploy[2] < training[2] < gradients[2]
+    assert all(whole > weights + activations for weights, activations, whole in (training, deploy, gradients))
