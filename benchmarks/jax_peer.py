@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -31,11 +32,13 @@ def network(case: Case) -> tuple[nn.Module, Any]:
     image = jnp.zeros((1, case.size, case.size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
 
+    random = np.random.default_rng(0)
+
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if len(leaf.shape) == 1:  # bias, scale and statistics
             return jnp.ones(leaf.shape, leaf.dtype)
         fan_in = math.prod(leaf.shape[:-1])
-        return jax.random.normal(jax.random.key(leaf.size), leaf.shape, leaf.dtype) * (2 / fan_in) ** 0.5
+        return jnp.asarray((2 / fan_in) ** 0.5 * random.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     return model, jax.tree.map(draw, shapes)
 

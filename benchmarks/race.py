@@ -182,6 +182,8 @@ def _serve(module: str) -> None:
                 built[json.dumps(request["prepare"])] = calls
             else:
                 answer = {"seconds": _time(built[json.dumps(request["run"])], request["seconds"])}
+        except ModuleNotFoundError as error:
+            answer = {"error": f'{error}: pip install -e ".[bench]"'}
         except Exception as error:  # a peer that is missing or fails is a line of the table, not the end of it
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         replies.write(json.dumps(answer) + "\n")

@@ -3,14 +3,14 @@
 Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.models.norm import BatchNorm
+from repvgg_jax.models.blocks import ConvBN
 from repvgg_jax.models.operations import Operations, convolution
 
 # (blocks in each stage, bottleneck?)
@@ -21,37 +21,8 @@ DEPTHS = {
 }
 
 
-class ConvNorm(nn.Module):
-    """A convolution and its batch norm, or with `deploy` the convolution with a bias that they fold to."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    deploy: bool = False
-    dtype: Any = None
-    ops: Operations = "auto"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map `(batch, height, width, channels)` to `(batch, ⌈height/stride⌉, ⌈width/stride⌉, features)`."""
-        low = self.kernel_size // 2
-        x = nn.Conv(
-            self.features,
-            (self.kernel_size, self.kernel_size),
-            strides=self.stride,
-            padding=((low, low), (low, low)),
-            use_bias=self.deploy,
-            dtype=self.dtype,
-            conv_general_dilated=convolution(self.ops, self.is_initializing()),
-            name="conv",
-        )(x)
-        if self.deploy:
-            return x
-        return BatchNorm(use_running_average=not train, dtype=self.dtype, ops=self.ops, name="bn")(x)
-
-
 class ResNet(nn.Module):
-    """A ResNet for 224×224 images; `deploy` as in `ConvNorm`."""
+    """A ResNet for 224×224 images; with `deploy` every batch norm is folded into its convolution."""
 
     depths: tuple[int, ...]
     bottleneck: bool
@@ -63,7 +34,21 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Map `(batch, height, width, channels)` to logits."""
-        unit = partial(ConvNorm, deploy=self.deploy, dtype=self.dtype, ops=self.ops)
+
+        def unit(features: int, side: int, stride: int, *, name: str) -> Callable[..., jax.Array]:
+            if not self.deploy:
+                return ConvBN(features, side, stride, dtype=self.dtype, ops=self.ops, name=name)
+            convolve = nn.Conv(
+                features,
+                (side, side),
+                strides=stride,
+                padding=((side // 2, side // 2),) * 2,
+                dtype=self.dtype,
+                conv_general_dilated=convolution(self.ops, self.is_initializing()),
+                name=name,
+            )
+            return lambda x, *, train: convolve(x)
+
         x = nn.relu(unit(64, 7, 2, name="stem")(images, train=train))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, depth in enumerate(self.depths):

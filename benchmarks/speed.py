@@ -55,20 +55,17 @@ def suites(on_gpu: bool, batches: list[int] | None, size: int, variants: list[st
         tasks = [("repvgg_a0", 32, (2,) * 5, 128), ("repvgg_a0", 32, SMALL, 128)]
     step_peers = peers if on_gpu else ["flax", "pytorch-eager"]
     step = [
-        against(step_peers, Case("repvgg_jax", name, "step", (batches or [batch])[0], min(side, size), strides, dtype))
-        for name, side, strides, batch in tasks
+        against(step_peers, Case("repvgg_jax", name, "step", batch, min(side, size), strides, dtype))
+        for name, side, strides, usual in tasks
+        for batch in batches or [usual]
     ]
-    ours = Case("repvgg_jax", "repvgg_b1g4", "deploy", (batches or [128 if on_gpu else 8])[0], size, dtype=dtype)
     paper = [
         [
-            ours,
-            *(
-                ours._replace(network=network, form=form)
-                for network in ("repvgg_b1g4", "resnet101")
-                for form in ("deploy", "training")
-                if (network, form) != ("repvgg_b1g4", "deploy")
-            ),
+            Case("repvgg_jax", network, form, batch, size, dtype=dtype)
+            for network in ("repvgg_b1g4", "resnet101")
+            for form in ("deploy", "training")
         ]
+        for batch in batches or [128 if on_gpu else 8]
     ]
     return {
         "step": step,

@@ -1,7 +1,8 @@
 """RepVGG in PyTorch, written as the official repository writes it: the peer that `benchmarks.speed` measures.
 
-Both forms have the modules, the initialisation and the state dict of https://github.com/DingXiaoH/RepVGG, so that
-`repvgg_jax.interop.torch` moves weights between the two. Without squeeze-excite and auxiliary heads.
+Both forms have the modules and the state dict of https://github.com/DingXiaoH/RepVGG, so that
+`repvgg_jax.interop.torch` moves weights between the two. Without squeeze-excite and auxiliary heads. Kernels are drawn
+as He et al. do, not as PyTorch does by default: through 22 fused convolutions the image would vanish.
 """
 
 from collections import OrderedDict
@@ -58,6 +59,9 @@ class RepVGG(nn.Module):
             setattr(self, f"stage{stage}", nn.Sequential(*blocks))
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(inside, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x):
         """Map NCHW images to logits."""

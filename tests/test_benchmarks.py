@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.memory import megabytes
 from benchmarks.race import Case, Race, Time, ratio
+from benchmarks.resnet import create_resnet
 from benchmarks.speed import row, suites
+from repvgg_jax import create_model
+from repvgg_jax.interop.torch import from_state_dict
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("repvgg_jax", "repvgg_a0", "deploy", 1, 32)
@@ -34,6 +39,44 @@ def test_competitors_take_turns_and_a_missing_peer_is_named():
     assert missing.seconds == ()
     assert "not run: " in row(ours, missing)[-1]
     assert np.isfinite(ours.images_per_second)
+
+
+def test_every_suite_takes_every_batch_size_asked_for():
+    for contests in suites(False, [2, 3], 224, ["a0"]).values():
+        assert {case.batch for contest in contests for case in contest} == {2, 3}
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_the_pytorch_peer_is_our_network(deploy):
+    torch = pytest.importorskip("torch", reason='pip install -e ".[bench]"')
+    from benchmarks.torch_repvgg import RepVGG
+
+    torch.manual_seed(0)
+    theirs = RepVGG("repvgg_b1g4", 10, (2, 2, 2, 2, 1), deploy).eval()
+    model = create_model("repvgg_b1g4", num_classes=10, strides=(2, 2, 2, 2, 1), deploy=deploy)
+    variables = from_state_dict(model, theirs.state_dict())
+    images = np.random.default_rng(0).normal(size=(2, 33, 33, 3)).astype(np.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    quickly = {"xla_backend_optimization_level": 0}
+    apply = jax.jit(lambda v, x: model.apply(v, x, train=False), compiler_options=quickly)
+    found = np.asarray(apply(variables, images))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.ptp(expected, axis=0).max() > 1e-3 * np.abs(expected).max()  # the images leave a trace
+
+
+def test_a_resnet_without_its_norms_has_a_bias_in_their_place():
+    forms = {}
+    for deploy in (False, True):
+        model = create_resnet("resnet18", num_classes=10, deploy=deploy)
+        images = jnp.zeros((1, 32, 32, 3))
+        forms[deploy] = jax.eval_shape(lambda model=model, x=images: model.init(jax.random.key(0), x, train=False))
+    trained, folded = forms[False]["params"], forms[True]["params"]
+    assert set(trained) == set(folded)
+    assert "batch_stats" not in forms[True]
+    for name in set(folded) - {"head"}:
+        assert folded[name]["kernel"] == trained[name]["conv"]["kernel"]
+        assert folded[name]["bias"] == trained[name]["bn"]["bias"]
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -58,7 +58,9 @@ def compile_inference(
       (1, 10)
     """
     device = device or jax.devices()[0]
-    platform = "cuda" if device.platform == "gpu" else device.platform
+    platform = device.platform
+    if platform == "gpu":  # JAX calls NVIDIA's and AMD's alike
+        platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
     leaves, structure = jax.tree.flatten(variables)
 
     def forward(leaves: list[jax.Array], images: jax.Array) -> jax.Array:

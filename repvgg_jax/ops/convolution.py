@@ -30,10 +30,11 @@ def conv_general_dilated(
     """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
 
     NHWC images with 1×1 or 3×3 HWIO kernels are lowered as `repvgg_jax.ops.table` says: in float32 on CPU as matrix
-    products, im2col or Winograd, each with gradients of its own; in 16 bits on CUDA, where the images have a few
-    channels and the stride is 2, by space to depth. The platform is the one the program is lowered for, not the one
-    at hand. Every other call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch
-    the table sees the global shape.
+    products, im2col or Winograd, each with gradients of its own; in bfloat16 and float16 on CUDA by space to depth
+    where many pixels have few channels and the stride is 2, and ungrouped, with zeros between the groups, where cuDNN's
+    grouped kernels are slow. The platform is the one the program is lowered for, not the one at hand. Every other
+    call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch the table sees the
+    global shape.
 
     Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
     `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.

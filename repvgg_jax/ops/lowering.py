@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 class Lowering(NamedTuple):
-    """One way to compute a convolution and its two gradients, for float32 NHWC images and HWIO kernels.
+    """One way to compute a convolution and its two gradients, for NHWC images and HWIO kernels.
 
     Attributes:
         supports: `(input_shape, kernel_shape, window) -> bool`; outside it the functions below may be wrong.

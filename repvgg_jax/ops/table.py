@@ -1,4 +1,7 @@
-"""Which lowering is fastest on which platform, by static shape. Measured by `python -m benchmarks.tune`."""
+"""Which lowering is fastest on which platform, by static shape.
+
+On CPU measured by `python -m benchmarks.tune`, on CUDA as docs/performance.md tells.
+"""
 
 import math
 from typing import NamedTuple
@@ -52,7 +55,7 @@ def choose(
     """
     if dtype == jnp.float32:
         return {"cpu": _choose_on_cpu(input_shape, kernel_shape, window, exact, kernel_ahead)}
-    if jnp.dtype(dtype).itemsize == 2:
+    if dtype in (jnp.bfloat16, jnp.float16):
         choice = _choose_on_cuda(input_shape, kernel_shape, window)
         return {} if choice == _PLAIN else {"cuda": choice}
     return {}

@@ -238,6 +238,7 @@ def test_in_sixteen_bits_a_large_stem_takes_space_to_depth_on_cuda_alone():
     chosen = choose(*shapes, window, jnp.bfloat16)
     assert chosen == {"cuda": ("space_to_depth", "plain", "space_to_depth")}
     assert choose((1, *shapes[0][1:]), shapes[1], window, jnp.bfloat16) == {}
+    assert choose(*shapes, window, jnp.int16) == {}
     assert "cuda" not in choose(*shapes, window, jnp.float32)
 
 
