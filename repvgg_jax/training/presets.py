@@ -64,7 +64,6 @@ _CIFAR10_FAST = dataclasses.replace(_CIFAR10, epochs=20, trivial_augment=False, 
 _CIFAR10_A0_STRIDE32 = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
-    trivial_augment=False,
     strides=(2, 2, 2, 2, 2),
     epochs=80,
     batch_size=256,
