@@ -3,6 +3,8 @@
 import sys
 
 from repvgg_jax.training.command import train_command
+from repvgg_jax.training.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(train_command(sys.argv[1:]))

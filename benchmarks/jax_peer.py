@@ -13,6 +13,7 @@ from flax import linen as nn
 from benchmarks.race import Case
 from benchmarks.resnet import create_resnet
 from repvgg_jax import compile_inference, create_model
+from repvgg_jax.ops import compiler_options
 
 CLASSES = 1000
 
@@ -49,7 +50,8 @@ def build(case: Case) -> Callable[[int], None]:
     shape = (case.batch, case.size, case.size, 3)
     images = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16 if case.dtype == "bfloat16" else jnp.float32)
     if case.form == "step":
-        return _steps(model, variables, images)
+        options = {} if case.peer == "flax" else compiler_options(jax.default_backend())
+        return _steps(model, variables, images, options)
     if case.peer == "flax":
         plain = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
 
@@ -66,7 +68,7 @@ def build(case: Case) -> Callable[[int], None]:
     return calls
 
 
-def _steps(model, variables, images: jax.Array) -> Callable[[int], None]:
+def _steps(model, variables, images: jax.Array, options: dict[str, Any]) -> Callable[[int], None]:
     optimizer = optax.sgd(0.01, momentum=0.9, nesterov=True)
     labels = jnp.arange(len(images)) % CLASSES
 
@@ -84,7 +86,7 @@ def _steps(model, variables, images: jax.Array) -> Callable[[int], None]:
         return optax.apply_updates(params, updates), statistics, momentum
 
     state = [(variables["params"], variables["batch_stats"], optimizer.init(variables["params"]))]
-    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images).compile(options)
 
     def calls(count: int) -> None:
         for _ in range(count):

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from repvgg_jax.training.huge_pages import HUGE_PAGES
+
 # Which module builds which peer; those of one module share a process.
 PEERS = {
     "repvgg_jax": "benchmarks.jax_peer",
@@ -29,9 +31,6 @@ PEERS = {
     "onnxruntime": "benchmarks.onnx_peer",
     "openvino": "benchmarks.onnx_peer",
 }
-# Large blocks stay mapped between calls; the same for everyone. glibc would return them to the system and fault them in
-# again, page by page, in every call.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 class Case(NamedTuple):
@@ -89,7 +88,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=quiet,
             text=True,
-            env={**ALLOCATOR, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
+            env={"GLIBC_TUNABLES": HUGE_PAGES, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
         )
 
     def ask(self, **request: object) -> dict:

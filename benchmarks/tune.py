@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repvgg_jax.models.partial_evaluation import split
+from repvgg_jax.ops import compiler_options, inference_on
 from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.table import LOWERINGS, choose
 
@@ -72,8 +74,8 @@ CONVOLUTIONS = {
 }
 
 
-def medians(convolution, directions):
-    """{direction: {name: (milliseconds, ratio to plain)}} of one convolution."""
+def medians(convolution, directions, kernel_ahead):
+    """{direction: {name: (milliseconds, ratio to plain)}} of one convolution, transforms of the kernel left out if asked."""
     batch, side, inside, out, taps, stride, groups = convolution
     window = Window((stride, stride), PADDED if taps == 3 else ((0, 0), (0, 0)), groups)
     shapes = (batch, side, side, inside), (taps, taps, inside // groups, out)
@@ -93,7 +95,12 @@ def medians(convolution, directions):
                 "input": ((dy, kernel), lambda a, b, f=lowering.input_gradient: f(a, b, window, shapes[0])),
                 "kernel": ((x, dy), lambda a, b, f=lowering.kernel_gradient: f(a, b, window, shapes[1])),
             }[direction]
-            runs[name] = jax.jit(run).lower(*arguments).compile(), arguments
+            if kernel_ahead:
+                with inference_on("cpu"):
+                    traced = jax.make_jaxpr(lambda b, a, run=run: run(a, b))(kernel, x)
+                prepare, run = split(traced)
+                arguments = jax.jit(prepare)(kernel), x
+            runs[name] = jax.jit(run).lower(*arguments).compile(compiler_options("cpu")), arguments
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(TURNS + 1):
             for name, (run, arguments) in runs.items():
@@ -105,7 +112,7 @@ def medians(convolution, directions):
             name: (1e3 * np.median(times), np.median(np.divide(times, seconds["plain"])))
             for name, times in seconds.items()
         }
-    return result, choose(*shapes, window)["cpu"]
+    return result, choose(*shapes, window, kernel_ahead=kernel_ahead)["cpu"]
 
 
 def main(wanted=""):
@@ -117,8 +124,9 @@ def main(wanted=""):
         print(f"\n{title}\n{'':44}{'plain':>9}" + "".join(f"{name:>13}" for name in names))
         for convolution in convolutions:
             batch, side, inside, out, taps, stride, groups = convolution
-            directions = ("forward",) if "deploy" in title else ("forward", "input", "kernel")
-            result, choice = medians(convolution, directions)
+            deploy = "deploy" in title
+            directions = ("forward",) if deploy else ("forward", "input", "kernel")
+            result, choice = medians(convolution, directions, kernel_ahead=deploy)
             for direction, chosen in zip(directions, choice, strict=False):
                 name = f"{batch}×{side}²×{inside}→{out} {taps}×{taps}/{stride}" + f" g{groups}" * (groups > 1)
                 plain = f"{result[direction]['plain'][0]:.2f}" + " <" * (chosen == "plain")

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.core import eval_jaxpr
 from jax.experimental.layout import Format, Layout
-from jax.extend.core import ClosedJaxpr, Literal
 
-from repvgg_jax.ops import inference_on
+from repvgg_jax.models.partial_evaluation import split
+from repvgg_jax.ops import compiler_options, inference_on
 
 # One CUDA graph in place of a launch per kernel. XLA leaves convolutions out of its graphs unless asked; a chain of
 # kernels runs fastest as a chain (0.19 ms in place of 0.26 for RepVGG-A0 at batch 1 on an H100).
@@ -69,7 +68,7 @@ def compile_inference(
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
     with inference_on(platform):
         traced = jax.make_jaxpr(forward)(leaves, shape)
-    prepare, run = _split(traced)
+    prepare, run = split(traced)
     sharding = jax.sharding.SingleDeviceSharding(device)
     prepared = jax.jit(prepare, out_shardings=sharding)(*jax.device_put(leaves, sharding))
     abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in prepared]
@@ -79,7 +78,7 @@ def compile_inference(
             run,
             in_shardings=([weights_format] * len(prepared), sharding),
             out_shardings=sharding,
-            compiler_options=_CUDA_OPTIONS if platform == "cuda" else None,
+            compiler_options=_CUDA_OPTIONS if platform == "cuda" else compiler_options(device.platform),
         )
         .lower(abstract, shape)
         .compile()
@@ -91,35 +90,3 @@ def compile_inference(
         return compiled(prepared, images)
 
     return call
-
-
-def _split(traced: ClosedJaxpr) -> tuple[Callable[..., list[Any]], Callable[..., Any]]:
-    """Split a program after what all its arguments but the last determine.
-
-    Returns:
-      `prepare(*arguments) -> prepared` and `run(prepared, last) -> result`, for a program of one result.
-    """
-    jaxpr = traced.jaxpr
-    *weights, images = jaxpr.invars
-    ready = {*weights, *jaxpr.constvars}
-    early, late = [], []
-    for equation in jaxpr.eqns:
-        if all(isinstance(var, Literal) or var in ready for var in equation.invars):
-            ready.update(equation.outvars)
-            early.append(equation)
-        else:
-            late.append(equation)
-    used = [var for equation in late for var in equation.invars if not isinstance(var, Literal) and var in ready]
-    boundary = list(dict.fromkeys(used))
-
-    first = jaxpr.replace(invars=weights, outvars=boundary, eqns=early)
-    second = jaxpr.replace(constvars=[], invars=[*boundary, images], eqns=late)
-
-    def prepare(*arguments: jax.Array) -> list[Any]:
-        return eval_jaxpr(first, traced.consts, *arguments)
-
-    def run(prepared: list[Any], last: jax.Array) -> Any:
-        (result,) = eval_jaxpr(second, (), *prepared, last)
-        return result
-
-    return prepare, run

@@ -15,6 +15,7 @@ import tyro
 from repvgg_jax.data import load_dataset
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.training.compilation_cache import keep_compiled_programs
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
@@ -95,6 +96,7 @@ def fuse_command(arguments: list[str]) -> int:
 
 
 def _guard(run: Callable[[], None]) -> int:
+    keep_compiled_programs()
     try:
         run()
     except (TrainingDivergedError, EquivalenceError) as error:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repvgg_jax.data import normalize
 from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.training.accumulation import accumulate
 from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig
@@ -171,7 +172,13 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-    return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 def make_eval_step(model: RepVGG, config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
@@ -202,4 +209,9 @@ def make_eval_step(model: RepVGG, config: TrainConfig, mesh: Mesh) -> jax.stages
         }
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-    return jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated)
+    return jax.jit(
+        step,
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax import compile_inference, create_model, fuse_model
-from repvgg_jax.models.inference import _CUDA_OPTIONS, _split
+from repvgg_jax.models.inference import _CUDA_OPTIONS
+from repvgg_jax.models.partial_evaluation import split
 from repvgg_jax.ops import inference_on
 from tests.random_variables import random_variables
 
@@ -73,7 +74,7 @@ def test_what_the_weights_alone_determine_is_not_in_the_compiled_program():
 
     with inference_on("cuda"):
         traced = jax.make_jaxpr(forward)(leaves, images(jnp.bfloat16))
-    prepare, run = _split(traced)
+    prepare, run = split(traced)
     prepared = prepare(*leaves)
     late = str(jax.make_jaxpr(run)(prepared, images(jnp.bfloat16)))
     assert "feature_group_count=4" not in late
@@ -90,7 +91,7 @@ def test_winograd_kernels_are_transformed_ahead_of_time():
     leaves, structure = jax.tree.flatten(variables)
     with inference_on("cpu"):
         traced = jax.make_jaxpr(lambda v, x: model.apply(jax.tree.unflatten(structure, v), x, train=False))(leaves, x)
-    prepare, _ = _split(traced)
+    prepare, _ = split(traced)
     assert (4, 4, 192, 192) in [leaf.shape for leaf in jax.eval_shape(prepare, *leaves)]
     found, expected = compile_inference(model, variables, x)(x), model.apply(variables, x, train=False)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -1,0 +1,37 @@
+"""What XLA is told when it compiles a network."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# XLA:CPU hands products, convolutions and sums to YNNPACK, piece by piece, and is faster with its own products and
+# convolutions: 1.7 times for RepVGG-A0 at 224 pixels and batch 16 on two cores, 1.2 times in training.
+_WANTED: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+}
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Options that make XLA's programs for these networks faster, for `jax.jit(..., compiler_options=…)`.
+
+    Only those that the installed jaxlib knows: they come and go with its versions.
+
+    Args:
+        platform: of the devices, 'cpu', 'gpu' or 'tpu'.
+
+    Returns:
+        Options by name; none for most platforms.
+    """
+    return {name: value for name, value in _WANTED.get(platform, {}).items() if _known(platform, name, value)}
+
+
+@lru_cache
+def _known(platform: str, name: str, value: Any) -> bool:
+    with jax.default_device(jax.local_devices(backend=platform)[0]):
+        try:
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(jnp.zeros(())).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+    return True

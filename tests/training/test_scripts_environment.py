@@ -1,0 +1,63 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from repvgg_jax.training.huge_pages import HUGE_PAGES
+
+COMPILE = """
+import jax
+from repvgg_jax.training.compilation_cache import keep_compiled_programs
+print(keep_compiled_programs())
+jax.jit(lambda x: x + 1)(0).block_until_ready()
+print("computed")
+"""
+RESTART = """
+import os
+from repvgg_jax.training.huge_pages import restart_with_huge_pages
+restart_with_huge_pages()
+print(os.getpid(), os.environ["GLIBC_TUNABLES"])
+"""
+
+
+def run(code, **variables):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "GLIBC_", "XLA_"))}
+    environment = {**inherited, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    return process.pid, output.splitlines()
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_directory(tmp_path):
+    _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path))
+    assert output == [str(tmp_path / "repvgg_jax" / "xla"), "computed"]
+    assert list((tmp_path / "repvgg_jax" / "xla").iterdir())
+
+
+def test_another_place_is_respected_and_so_is_none(tmp_path):
+    chosen = tmp_path / "chosen"
+    _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(chosen))
+    assert output == [str(chosen), "computed"]
+    _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false")
+    assert output == ["None", "computed"]
+    assert not (tmp_path / "repvgg_jax").exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing():
+    _, output = run(COMPILE, XDG_CACHE_HOME="/proc/none")
+    assert output == ["/proc/none/repvgg_jax/xla", "computed"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+def test_the_process_starts_anew_with_huge_pages_once():
+    pid, (line,) = run(RESTART)
+    assert line == f"{pid} {HUGE_PAGES}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("chosen", ["", "glibc.malloc.check=0"])
+def test_a_setting_of_the_users_own_is_left_alone(chosen):
+    pid, (line,) = run(RESTART, GLIBC_TUNABLES=chosen)
+    assert line == f"{pid} {chosen}"
