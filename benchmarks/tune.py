@@ -75,7 +75,7 @@ CONVOLUTIONS = {
 
 
 def medians(convolution, directions, kernel_ahead):
-    """{direction: {name: (milliseconds, ratio to plain)}} of one convolution, transforms of the kernel left out if asked."""
+    """{direction: {name: (milliseconds, ratio to plain)}}; with the kernel ahead, its transforms are not timed."""
     batch, side, inside, out, taps, stride, groups = convolution
     window = Window((stride, stride), PADDED if taps == 3 else ((0, 0), (0, 0)), groups)
     shapes = (batch, side, side, inside), (taps, taps, inside // groups, out)

@@ -77,6 +77,7 @@ def train_command(arguments: list[str]) -> int:
             print(_summary(parsed.config))
             return
         workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        _keep_compiled_programs()
         train_and_evaluate(parsed.config, workdir)
         print(f"\nreport: {workdir / 'report.md'}\nweights: {workdir / 'deploy.safetensors'}")
 
@@ -88,6 +89,7 @@ def fuse_command(arguments: list[str]) -> int:
 
     def run() -> None:
         parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
+        _keep_compiled_programs()
         fuse_run(parsed.run_dir, data_dir=parsed.data_dir, check_only=parsed.check_only)
         if not parsed.check_only:
             print(f"\nweights: {parsed.run_dir / 'deploy.safetensors'}")
@@ -96,7 +98,6 @@ def fuse_command(arguments: list[str]) -> int:
 
 
 def _guard(run: Callable[[], None]) -> int:
-    keep_compiled_programs()
     try:
         run()
     except (TrainingDivergedError, EquivalenceError) as error:
@@ -105,6 +106,12 @@ def _guard(run: Callable[[], None]) -> int:
         system = isinstance(error, OSError) and error.errno is not None
         return _fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}")
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    directory = keep_compiled_programs()
+    if directory:
+        print(f"compiled programs are kept in {directory}")
 
 
 def _fail(message: str, status: int = _USAGE_ERROR) -> int:

@@ -188,9 +188,7 @@ class _Run:
             f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
             f"of {self.steps_per_epoch} steps on {devices}{resumed}\n"
             f"peak learning rate {self.config.peak_learning_rate:.4g} at batch size {self.config.batch_size}\n"
-            f"run directory: {workdir}\n"
-            f"training step compiled in {compile_seconds:.1f} s; compiled programs are kept in "
-            f"{jax.config.jax_compilation_cache_dir or 'memory only'}",
+            f"run directory: {workdir} (training step compiled in {compile_seconds:.1f} s)",
             flush=True,
         )
 
