@@ -1,27 +1,58 @@
-"""Checkpoints of a run: the train state and the position in the data, written by Orbax."""
+"""Checkpoints of a run: the train state, the position in the data and in the epoch, written by Orbax."""
 
 from __future__ import annotations
 
+import json
+import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from repvgg_jax.training.steps import TrainState
+
+EpochMetrics = list[dict[str, float]]
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      state: the train state.
+      data_state: of the data iterator.
+      epoch_metrics: of the steps of the unfinished epoch, in order; empty after a whole one.
+      damaged: steps of newer checkpoints that could not be read.
+    """
+
+    state: TrainState
+    data_state: dict[str, Any]
+    epoch_metrics: EpochMetrics
+    damaged: list[int]
 
 
 class Checkpoints:
     """The checkpoints of one run directory, `checkpoints/STEP/`. Writing goes on in the background.
 
+    Orbax writes into a temporary directory and renames it when it is whole: a process killed meanwhile leaves the
+    earlier checkpoints as they were.
+
     Args:
       workdir: the run directory.
-      keep: newest checkpoints kept; None keeps all.
+      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.directory = workdir.absolute() / "checkpoints"
+        kept = None
+        if keep is not None:
+            best = BestN(n=1, get_metric_fn=lambda m: m["accuracy"], keep_checkpoints_without_metrics=False)
+            kept = AnyPreservationPolicy([LatestN(n=keep), best])
         self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+            self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=True)
         )
 
     def __enter__(self) -> Checkpoints:
@@ -35,39 +66,116 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_state: dict[str, Any]) -> None:
-        """Save the state under its step, and the data iterator's state beside it."""
+    def save(
+        self,
+        state: TrainState,
+        data_state: dict[str, Any],
+        *,
+        epoch_metrics: EpochMetrics | None = None,
+        accuracy: float | None = None,
+    ) -> None:
+        """Save the state under its step.
+
+        Args:
+          state: the train state.
+          data_state: of the data iterator.
+          epoch_metrics: of the steps of the epoch so far, where it is not over.
+          accuracy: on the test split; the checkpoint where it is highest is kept.
+        """
+        fields = _fields(state)
+        checksum = _checksum(fields, data_state, epoch_metrics or [])
+        progress = {"epoch_metrics": epoch_metrics or [], "checksum": checksum}
         self._manager.save(
             int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), data=ocp.args.JsonSave(data_state)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(fields),
+                data=ocp.args.JsonSave(data_state),
+                progress=ocp.args.JsonSave(progress),
+            ),
+            metrics=None if accuracy is None else {"accuracy": accuracy},
         )
 
     def wait(self) -> None:
         """Return when everything saved is on disk."""
         self._manager.wait_until_finished()
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint.
+    def restore(self, template: TrainState) -> Restored:
+        """Restore the newest checkpoint that is whole; warn of newer ones that are not.
 
         Args:
           template: from `abstract_state`.
 
         Returns:
-          The state and the data iterator's state.
+          What it holds.
 
         Raises:
           FileNotFoundError: there is no checkpoint.
+          ValueError: none can be read.
         """
-        step = self.latest_step
-        if step is None:
+        failures: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, data_state, epoch_metrics = self._read(step, template)
+            except Exception as error:  # Orbax and TensorStore raise nearly anything for a damaged file
+                failures[step] = error
+                continue
+            for damaged, failure in failures.items():
+                warnings.warn(
+                    f"checkpoint {self.directory / str(damaged)} is damaged and passed over for that of step {step}: "
+                    f"{_first_line(failure)}",
+                    stacklevel=2,
+                )
+            return Restored(state, data_state, epoch_metrics, list(failures))
+        if not failures:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, python train.py")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_fields(template)), data=ocp.args.JsonRestore()),
-        )
-        return TrainState(**restored["state"]), restored["data"]
+        newest, failure = next(iter(failures.items()))
+        raise ValueError(
+            f"none of the checkpoints in {self.directory} can be read (step {newest}: {failure}): restore them from a "
+            "copy, or train anew in another directory"
+        ) from failure
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Move damaged checkpoints to `damaged_checkpoints/`, where training does not stumble over them."""
+        for step in steps:
+            target = self.directory.parent / "damaged_checkpoints" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(f"{target.name}_")
+            (self.directory / str(step)).rename(target)
+        if steps:
+            self._manager.reload()
+
+    def _read(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any], EpochMetrics]:
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardRestore(_fields(template)),
+            "data": ocp.args.JsonRestore(),
+        }
+        # The first checkpoints of this project had none.
+        has_progress = (self.directory / str(step) / "progress").exists()
+        if has_progress:
+            items["progress"] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        progress = restored["progress"] if has_progress else {}
+        epoch_metrics = progress.get("epoch_metrics", [])
+        found = _checksum(restored["state"], restored["data"], epoch_metrics)
+        if progress.get("checksum", found) != found:
+            raise ValueError(f"the checksum of what it holds is {found}, expected {progress['checksum']}")
+        return TrainState(**restored["state"]), restored["data"], epoch_metrics
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
     """The state by field, without those that are None, so that a checkpoint from before such a field restores."""
     return {name: value for name, value in vars(state).items() if value is not None}
+
+
+def _checksum(fields: dict[str, Any], data_state: dict[str, Any], epoch_metrics: EpochMetrics) -> int:
+    value = zlib.crc32(json.dumps([data_state, epoch_metrics], sort_keys=True).encode())
+    for leaf in jax.tree.leaves(fields):
+        array = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
+        value = zlib.crc32(array.view(np.uint8).data, value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return json.dumps(text.splitlines()[0][:200], ensure_ascii=False)

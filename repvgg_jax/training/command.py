@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.compilation_cache import keep_compiled_programs
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run_directory import fuse_run
 
 _USAGE_ERROR = 2
+# As the shell reports a process that the signal ended: schedulers take it for preempted and start the job again.
+_TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _FUSE_DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
     "deploy.safetensors. Exits with 1 where they are not."
@@ -54,7 +58,8 @@ def train_command(arguments: list[str]) -> int:
       arguments: an optional preset name (default 'digits'), then flags.
 
     Returns:
-      The exit status: 0, 1 where training or the proof of equality failed, 2 for bad input.
+      The exit status: 0, 1 where training or the proof of equality failed, 2 for bad input, 130 and 143 where Ctrl-C
+      or SIGTERM stopped a run, which is saved.
     """
     preset = "digits"
     if arguments and not arguments[0].startswith("-"):
@@ -102,6 +107,10 @@ def _guard(run: Callable[[], None]) -> int:
         run()
     except (TrainingDivergedError, EquivalenceError) as error:
         return _fail(str(error), status=1)
+    except TerminatedError as error:
+        return _fail(str(error), status=_TERMINATED)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", status=_INTERRUPTED)
     except (ValueError, OSError) as error:
         system = isinstance(error, OSError) and error.errno is not None
         return _fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}")

@@ -85,6 +85,8 @@ class TrainConfig:
     """Share of the target spread evenly over all classes."""
     grad_clip_norm: float = 0.0
     """Scale the gradient of the loss down to this global norm, before weight decay is added; 0 switches it off."""
+    skip_nonfinite: bool = False
+    """Leave out steps whose loss or gradients are not finite, and count them, instead of stopping."""
     accumulate_steps: int = 1
     """Microbatches a batch is split into, one after the other: less memory; batch norm sees each by itself."""
     ema_decay: float = 0.0
@@ -95,7 +97,7 @@ class TrainConfig:
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, besides the one of the best test accuracy."""
     seed: int = 0
     """Of initialisation, data order, augmentation and drawn splits."""
 

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from repvgg_jax.data import ImageDataset, train_iterator
-from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.interruption import Interruption, interruptions
+from repvgg_jax.training.lock import only_run_in
 from repvgg_jax.training.metrics import MetricsLog
 from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from repvgg_jax.training.run_directory import (
@@ -40,6 +43,8 @@ from repvgg_jax.training.steps import (
     shard_batch,
 )
 
+_FIRST_FILES = ("dataset.json", "config.json", ".lock")
+
 
 class Result(NamedTuple):
     """What a finished run returns; the same lies in its directory."""
@@ -57,7 +62,7 @@ class TrainingDivergedError(RuntimeError):
 def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> Result:
     """Train a RepVGG, fuse it, prove the two forms equal, and write a run directory.
 
-    One process, with all its devices.
+    One process, with all its devices. SIGTERM and Ctrl-C end the step, save a checkpoint, and then raise.
 
     Args:
       config: e.g. `dataclasses.replace(PRESETS["digits"], epochs=1)`.
@@ -72,6 +77,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
         the same function.
       FileNotFoundError: the data are not there.
       TrainingDivergedError: the loss became infinite or NaN.
+      TerminatedError, KeyboardInterrupt: a signal came while it trained; the run is saved.
     """
     workdir = Path(workdir)
     mesh = create_mesh()
@@ -85,9 +91,10 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
         )
     _claim(workdir, config, dataset)
     run = _Run(config, dataset, steps_per_epoch, mesh)
-    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state, history = run.train(workdir, checkpoints)
-    comparison = finish(workdir, config, dataset, run.model, state.eval_variables, mesh)
+    with only_run_in(workdir):
+        with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+            state, history = run.train(workdir, checkpoints)
+        comparison = finish(workdir, config, dataset, run.model, state.eval_variables, mesh)
     return Result(workdir, state, comparison, history)
 
 
@@ -97,7 +104,8 @@ def _claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: name a new directory")
     if not path.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        # A run that was killed while it made the directory leaves the first of these.
+        if workdir.exists() and any(not entry.name.startswith(_FIRST_FILES) for entry in workdir.iterdir()):
             raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
         workdir.mkdir(parents=True, exist_ok=True)
         save_data_record(workdir, dataset)
@@ -124,6 +132,7 @@ class _Run:
         self.optimizer = create_optimizer(config, steps_per_epoch)
         self.schedule = learning_rate_schedule(config, steps_per_epoch)
         self.eval_step = make_eval_step(self.model, config, mesh)
+        self.saved_step: int | None = None
 
     def train(self, workdir: Path, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, float]]]:
         """Train from the newest checkpoint, or from the start, to the last epoch."""
@@ -139,11 +148,14 @@ class _Run:
             shard=(jax.process_index(), jax.process_count()),
             num_workers=config.num_workers,
         )
+        epoch_metrics: EpochMetrics = []
         if checkpoints.latest_step is None:
             state = create_state(*setting)
         else:
-            state, data_state = checkpoints.restore(abstract_state(*setting))
+            state, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting))
+            checkpoints.set_aside(damaged)
             iterator.set_state(data_state)
+            self.saved_step = int(state.step)
         # Compiled ahead, so that images/s measures training alone.
         start = time.perf_counter()
         shapes = (abstract_state(*setting), abstract_batch(config, self.dataset.channels, self.mesh))
@@ -151,16 +163,30 @@ class _Run:
         compile_seconds = time.perf_counter() - start
         done = int(state.step) // self.steps_per_epoch
         total = config.epochs * self.steps_per_epoch
-        self._introduce(workdir, done, compile_seconds)
+        self._introduce(workdir, int(state.step), compile_seconds)
         with (
+            interruptions() as interruption,
             contextlib.closing(iterator),
             MetricsLog(workdir, resume_epoch=done) as log,
             tqdm(total=total, initial=int(state.step), unit="step", disable=None, dynamic_ncols=True) as bar,
         ):
             for epoch in range(done + 1, config.epochs + 1):
                 start = time.perf_counter()
-                state, train_metrics = self._train_epoch(train_step, state, iterator, epoch, bar)
+                steps = self.steps_per_epoch - len(epoch_metrics)
+                state, epoch_metrics = self._train_epoch(
+                    train_step, state, iterator, epoch, bar, epoch_metrics, interruption
+                )
                 train_seconds = time.perf_counter() - start
+                if len(epoch_metrics) < self.steps_per_epoch:
+                    self._require_finite(float(optax.tree.norm(state.eval_variables)), f"step {state.step}")
+                    checkpoints.save(state, iterator.get_state(), epoch_metrics=epoch_metrics)
+                    checkpoints.wait()
+                    raise interruption.exception(
+                        f"stopped at step {state.step} of {total}, and saved: train with --workdir {workdir} and the "
+                        "same settings to go on from there"
+                    )
+                train_metrics, epoch_metrics = _summarize(epoch_metrics), []
+                self._require_finite(train_metrics["loss"], f"epoch {epoch}")
                 test_metrics = self._evaluate(state)
                 # The last step's update is in no training loss yet, and must not reach a checkpoint broken.
                 self._require_finite(test_metrics["loss"], f"the end of epoch {epoch}")
@@ -170,19 +196,21 @@ class _Run:
                     "learning_rate": float(self.schedule(int(state.step) - 1)),
                     **{f"train/{name}": value for name, value in train_metrics.items()},
                     **{f"test/{name}": value for name, value in test_metrics.items()},
-                    "images_per_second": self.steps_per_epoch * config.batch_size / train_seconds,
+                    "images_per_second": steps * config.batch_size / train_seconds,
                     "seconds": time.perf_counter() - start,
                 }
                 log.write(line)
                 bar.write(_epoch_line(line, config.epochs))
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    checkpoints.save(state, iterator.get_state())
+                    checkpoints.save(state, iterator.get_state(), accuracy=test_metrics["accuracy"])
+                    self.saved_step = int(state.step)
             checkpoints.wait()
         return state, log.history
 
-    def _introduce(self, workdir: Path, done: int, compile_seconds: float) -> None:
+    def _introduce(self, workdir: Path, step: int, compile_seconds: float) -> None:
         devices = f"{self.mesh.size} × {jax.devices()[0].device_kind}"
-        resumed = f", resuming after epoch {done}" if done else ""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        resumed = f", resuming after epoch {epochs}" + f" and {steps} steps" * (steps > 0) if step else ""
         print(
             f"{self.config.variant} on {self.config.dataset}: {len(self.dataset.train):,} training and "
             f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
@@ -193,38 +221,55 @@ class _Run:
         )
 
     def _train_epoch(
-        self, train_step: jax.stages.Compiled, state: TrainState, iterator: Any, epoch: int, bar: tqdm
-    ) -> tuple[TrainState, dict[str, float]]:
+        self,
+        train_step: jax.stages.Compiled,
+        state: TrainState,
+        iterator: Any,
+        epoch: int,
+        bar: tqdm,
+        earlier: EpochMetrics,
+        interruption: Interruption,
+    ) -> tuple[TrainState, EpochMetrics]:
+        """Train to the end of the epoch, or to the step at which the run is asked to stop.
+
+        `earlier` are the metrics of the steps that an earlier process made of this epoch.
+        """
         metrics: list[dict[str, jax.Array]] = []
-        completed = 0
+        first = completed = len(earlier)
         start = shown = time.perf_counter()
-        for number in range(1, self.steps_per_epoch + 1):
+        for number in range(first + 1, self.steps_per_epoch + 1):
+            if interruption:
+                break
             state, step_metrics = train_step(state, shard_batch(next(iterator), self.mesh))
             metrics.append(step_metrics)
             # The host runs two steps ahead of the device: enough to keep it fed, and the bar tells the truth.
             done = number if number == self.steps_per_epoch else number - 2
-            if done < 1:
+            if done <= first:
                 continue
-            jax.block_until_ready(metrics[done - 1])
+            jax.block_until_ready(metrics[done - first - 1])
             bar.update(done - completed)
             completed = done
             now = time.perf_counter()
             if now - shown > 0.5 or done == self.steps_per_epoch:
                 shown = now
-                values = {name: float(value) for name, value in metrics[done - 1].items()}
-                self._require_finite(values["loss"], f"epoch {epoch}, step {done}")
+                values = {name: float(value) for name, value in metrics[done - first - 1].items()}
+                if not self.config.skip_nonfinite:
+                    self._require_finite(values["loss"], f"epoch {epoch}, step {done}")
                 bar.set_postfix_str(
                     f"epoch {epoch}, loss {values['loss']:.3f}, accuracy {values['accuracy']:.3f}, "
-                    f"{done * self.config.batch_size / (now - start):,.0f} images/s",
+                    f"{(done - first) * self.config.batch_size / (now - start):,.0f} images/s",
                     refresh=False,
                 )
-        return state, {name: float(np.mean([m[name] for m in jax.device_get(metrics)])) for name in metrics[0]}
+        made = [{name: float(value) for name, value in step.items()} for step in jax.device_get(metrics)]
+        return state, earlier + made
 
     def _require_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
+            saved = "there is no checkpoint yet" if self.saved_step is None else f"step {self.saved_step} is saved"
             raise TrainingDivergedError(
-                f"the loss is {loss} at {where}: lower learning_rate (={self.config.learning_rate}) or raise "
-                f"warmup_epochs (={self.config.warmup_epochs}); the checkpoints before are whole"
+                f"the loss is {loss} at {where}; {saved}. Lower learning_rate (={self.config.learning_rate}), raise "
+                f"warmup_epochs (={self.config.warmup_epochs}), set grad_clip_norm, look for damaged images, or leave "
+                "such steps out with skip_nonfinite"
             )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
@@ -234,6 +279,17 @@ class _Run:
         ]
         loss, correct, count = (sum(float(r[name]) for r in results) for name in ("loss", "correct", "count"))
         return {"loss": loss / count, "accuracy": correct / count}
+
+
+def _summarize(metrics: EpochMetrics) -> dict[str, float]:
+    """The means over the steps of an epoch, without those left out, whose count is `skipped`."""
+    kept = [step for step in metrics if not step.get("skipped")]
+    names = [name for name in metrics[0] if name != "skipped"]
+    # In float32, as the device gave them: the same to the last bit whether or not they were saved in between.
+    means = {name: float(np.mean(np.array([step[name] for step in kept], np.float32))) for name in names if kept}
+    if "skipped" in metrics[0]:
+        means["skipped"] = float(len(metrics) - len(kept))
+    return {"loss": math.nan, **means}
 
 
 def _epoch_line(line: dict[str, float], epochs: int) -> str:

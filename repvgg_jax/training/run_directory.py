@@ -161,5 +161,5 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
     model = config.create_model(dataset.num_classes)
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:
-        state, _ = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh))
+        state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
     return finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)

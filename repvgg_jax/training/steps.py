@@ -132,8 +132,9 @@ def make_train_step(
 
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
-      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with. The old state is
-      donated: do not use it again.
+      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with; with `skip_nonfinite`
+      also 'skipped', 1 where the step changed nothing but the count of steps. The old state is donated: do not use it
+      again.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -169,7 +170,13 @@ def make_train_step(
         if config.ema_decay:
             variables = {"params": params, "batch_stats": batch_stats}
             ema = update_ema(state.ema, variables, state.step, config.ema_decay)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        if config.skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
+            unchanged = TrainState(new.step, state.params, state.batch_stats, state.opt_state, state.ema)
+            new = jax.tree.map(lambda update, old: jnp.where(finite, update, old), new, unchanged)
+            metrics["skipped"] = 1.0 - finite
+        return new, metrics
 
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
     return jax.jit(

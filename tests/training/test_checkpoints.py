@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from typing import Any
 
 import chex
@@ -11,6 +12,9 @@ import pytest
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
 from tests.training.test_steps import CONFIG
+
+# Where a read fails, Orbax closes its event loop before TensorStore has answered the other reads: noise without harm.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @flax.struct.dataclass
@@ -31,9 +35,10 @@ def test_a_checkpoint_from_before_the_moving_average_restores(tmp_path):
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(old), data=ocp.args.JsonSave({"next": 1})))
     with Checkpoints(tmp_path) as checkpoints:
-        restored, data_state = checkpoints.restore(abstract_state(*setting(CONFIG)))
+        restored, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting(CONFIG)))
     chex.assert_trees_all_equal(restored, state)
     assert data_state == {"next": 1}
+    assert epoch_metrics == damaged == []
 
 
 def test_a_moving_average_is_in_the_checkpoint_and_only_where_there_is_one(tmp_path):
@@ -42,7 +47,84 @@ def test_a_moving_average_is_in_the_checkpoint_and_only_where_there_is_one(tmp_p
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
-        restored, _ = checkpoints.restore(abstract_state(*setting(averaging)))
+        restored, *_ = checkpoints.restore(abstract_state(*setting(averaging)))
         chex.assert_trees_all_equal(restored, state)
         with pytest.raises(ValueError, match="ema"):
             checkpoints.restore(abstract_state(*setting(CONFIG)))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def data_files(directory):
+    return [path for path in (directory / "state").rglob("d/*") if path.is_file()]
+
+
+def at_step(state, step):
+    return state.replace(step=jax.numpy.asarray(step, state.step.dtype))
+
+
+DAMAGE = {
+    "truncated": lambda directory: [truncate(path) for path in data_files(directory)],
+    "a bit flipped": lambda directory: [flip_a_bit(path) for path in data_files(directory)],
+    "state lost": lambda directory: shutil.rmtree(directory / "state"),
+    "position in the data cut off": lambda directory: truncate(directory / "data" / "metadata"),
+    "position in the data changed": lambda directory: (directory / "data" / "metadata").write_text('{"next": 3}'),
+    "everything lost": lambda directory: [path.unlink() for path in directory.rglob("*") if path.is_file()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(damage, tmp_path):
+    state = create_state(*setting(CONFIG))
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at_step(state, step), {"next": step}, epoch_metrics=[{"loss": 0.1 * step}])
+        checkpoints.wait()
+        whole = checkpoints.restore(abstract_state(*setting(CONFIG)))
+    assert (int(whole.state.step), whole.data_state, whole.damaged) == (2, {"next": 2}, [])
+
+    damage(tmp_path / "checkpoints" / "2")
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        with pytest.warns(UserWarning, match=r"checkpoints/2 is damaged and passed over for that of step 1"):
+            restored = checkpoints.restore(abstract_state(*setting(CONFIG)))
+        chex.assert_trees_all_equal(restored.state, at_step(state, 1))
+        assert (restored.data_state, restored.epoch_metrics, restored.damaged) == ({"next": 1}, [{"loss": 0.1}], [2])
+        checkpoints.set_aside(restored.damaged)
+        assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
+        checkpoints.save(at_step(state, 2), {"next": 2})
+        checkpoints.wait()
+        assert int(checkpoints.restore(abstract_state(*setting(CONFIG))).state.step) == 2
+
+
+def test_where_no_checkpoint_is_whole_the_newest_is_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at_step(create_state(*setting(CONFIG)), step), {})
+        checkpoints.wait()
+    for step in "12":
+        shutil.rmtree(tmp_path / "checkpoints" / step / "state")
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(
+            ValueError, match=r"none of the checkpoints in .* can be read \(step 2: .*restore them from a copy"
+        ),
+    ):
+        checkpoints.restore(abstract_state(*setting(CONFIG)))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    state = create_state(*setting(CONFIG))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, accuracy in enumerate([0.1, 0.9, 0.5, None, 0.6, 0.7]):
+            checkpoints.save(at_step(state, step), {}, accuracy=accuracy)
+            checkpoints.wait()
+        assert checkpoints.restore(abstract_state(*setting(CONFIG))).state.step == 5
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4", "5"]

@@ -14,7 +14,7 @@ from repvgg_jax.training.metrics import read_metrics
 
 
 def test_a_run_directory_holds_all_that_is_promised(finished):
-    names = {path.name for path in finished.workdir.iterdir()}
+    names = {path.name for path in finished.workdir.iterdir()} - {".lock"}
     assert names == {
         "config.json", "dataset.json", "metrics.jsonl", "tensorboard", "checkpoints", "deploy.safetensors", "report.md",
         "curves.png", "confusion.png", "differences.png",
@@ -63,8 +63,8 @@ class StopError(Exception):
 def stop_after_the_first_checkpoint(patch):
     save = loop.Checkpoints.save
 
-    def save_then_stop(self, state, data_state):
-        save(self, state, data_state)
+    def save_then_stop(self, state, data_state, **rest):
+        save(self, state, data_state, **rest)
         self.wait()
         raise StopError
 
@@ -187,7 +187,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path,
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, tmp_path):
     config = dataclasses.replace(tiny, learning_rate=1e30)
     with pytest.raises(
-        TrainingDivergedError, match=r"the loss is (nan|inf) at epoch 1.*lower learning_rate \(=1e\+30\)"
+        TrainingDivergedError,
+        match=r"the loss is (nan|inf) at epoch 1.*there is no checkpoint yet. Lower learning_rate \(=1e\+30\)",
     ):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "deploy.safetensors").exists()
@@ -198,6 +199,15 @@ def test_a_last_update_that_breaks_the_network_reaches_no_checkpoint(tiny, tmp_p
     with pytest.raises(TrainingDivergedError, match="at the end of epoch 1"):
         train_and_evaluate(config, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_steps_left_out_count_in_no_mean(tiny, tmp_path):
+    metrics = [{"loss": 1.0, "skipped": 0.0}, {"loss": float("nan"), "skipped": 1.0}, {"loss": 3.0, "skipped": 0.0}]
+    assert loop._summarize(metrics) == {"loss": 2.0, "skipped": 1.0}
+    # The first update breaks the network; every later step is left out, and the epoch still ends in an error.
+    config = dataclasses.replace(tiny, learning_rate=1e30, skip_nonfinite=True)
+    with pytest.raises(TrainingDivergedError, match="at the end of epoch 1"):
+        train_and_evaluate(config, tmp_path / "run")
 
 
 def test_a_line_cut_off_by_a_kill_does_not_stop_the_next_start(tiny, finished, tmp_path):

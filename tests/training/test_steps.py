@@ -165,3 +165,23 @@ def test_augmentation_changes_with_the_step_and_the_seed():
     (another_seed,) = first_losses(dataclasses.replace(CONFIG, seed=1), [0])
     assert base == again
     assert len({base, later, another_seed}) == 3
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["left out", "taken"])
+def test_a_step_that_is_not_finite_is_left_out_if_asked(skip):
+    config = dataclasses.replace(CONFIG, skip_nonfinite=skip, ema_decay=0.9)
+    mesh = create_mesh(jax.devices()[:1])
+    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
+    state = create_state(model, optimizer, config, 1, mesh)
+    step = make_train_step(model, optimizer, config, mesh)
+    state, metrics = step(state, shard_batch(batch(), mesh))
+    assert metrics.get("skipped", 0) == 0
+    broken = {**state.params, "head": jax.tree.map(lambda leaf: leaf * np.inf, state.params["head"])}
+    before = jax.device_get(state.replace(params=broken))
+    after, metrics = step(jax.device_put(before, state.step.sharding), shard_batch(batch(), mesh))
+    assert int(after.step) == 2
+    if skip:
+        assert metrics["skipped"] == 1
+        chex.assert_trees_all_equal(after.replace(step=before.step), before)
+    else:
+        assert np.isnan(after.opt_state[1][0].trace["head"]["kernel"]).any()
