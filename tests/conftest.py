@@ -24,3 +24,8 @@ def float32():
     """Run the test with JAX's default precision, whatever JAX_ENABLE_X64 says."""
     with jax.enable_x64(False):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or one worker would be left alone with them in the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("tests", "training", "interop"))
