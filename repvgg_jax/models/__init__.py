@@ -3,11 +3,12 @@
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
 from repvgg_jax.models.deploy import fuse_model
 from repvgg_jax.models.inference import compile_inference
-from repvgg_jax.models.repvgg import RepVGG
+from repvgg_jax.models.repvgg import PARTS, RepVGG
 from repvgg_jax.models.summary import Summary, summarize
 from repvgg_jax.models.variants import VARIANTS, Variant, create_model
 
 __all__ = [
+    "PARTS",
     "VARIANTS",
     "ConvBN",
     "RepVGG",

@@ -12,6 +12,8 @@ from flax import linen as nn
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init
 from repvgg_jax.models.operations import Operations
 
+PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
+
 
 class AuxiliaryHead(nn.Module):
     """A classifier on an inner stage, for training only: 3×3 stride-2 ConvBN, ReLU, mean, dense."""
@@ -61,6 +63,8 @@ class RepVGG(nn.Module):
       dtype: of the computation, e.g. `jnp.bfloat16`; logits stay in at least float32.
       param_dtype: of parameters and statistics.
       remat: recompute each block's activations in the backward pass instead of storing them.
+      frozen: the last of 'stem', 'stage1' … 'stage4' that is not trained: all up to it normalises by running
+        statistics and gets no gradient. None trains everything. Auxiliary heads are always trained.
       ops: "auto" takes the lowerings of `repvgg_jax.ops` where they are faster (float32 on CPU), "xla" XLA's own
         convolutions and plain arithmetic everywhere. Variables are the same.
 
@@ -82,6 +86,7 @@ class RepVGG(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    frozen: str | None = None
     ops: Operations = "auto"
 
     @property
@@ -128,15 +133,25 @@ class RepVGG(nn.Module):
         auxiliary = partial(AuxiliaryHead, self.num_classes, **policy)
         use_auxiliary = self.auxiliary_heads and not self.deploy
 
+        frozen = self.frozen is not None
+
         def run(module: RepVGGBlock, x: jax.Array) -> jax.Array:
-            return module(x, train=train)
+            return module(x, train=train and not frozen)
+
+        def end(name: str, x: jax.Array) -> jax.Array:
+            nonlocal frozen
+            ends[name] = x
+            if name != self.frozen:
+                return x
+            frozen = False
+            return jax.lax.stop_gradient(x)
 
         if self.remat:
             run = nn.remat(run)
 
         ends: dict[str, jax.Array] = {}
         x = run(block(features=self.widths[0], stride=self.strides[0], name="stem"), images)
-        ends["stem"] = x
+        x = end("stem", x)
         index = 0
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:], strict=True), start=1):
             for number in range(1, depth + 1):
@@ -149,10 +164,12 @@ class RepVGG(nn.Module):
                 )
                 x = run(module, x)
                 if use_auxiliary and stage == 3 and number == depth // 2:
-                    ends["stage3_first_aux"] = auxiliary(name="stage3_first_aux")(x, train=train)
-            ends[f"stage{stage}"] = x
+                    inner = jax.lax.stop_gradient(x) if frozen else x
+                    ends["stage3_first_aux"] = auxiliary(name="stage3_first_aux")(inner, train=train)
+            x = end(f"stage{stage}", x)
             if use_auxiliary and stage in (1, 2):
-                ends[f"stage{stage}_aux"] = auxiliary(name=f"stage{stage}_aux")(x, train=train)
+                inner = jax.lax.stop_gradient(x) if frozen else x
+                ends[f"stage{stage}_aux"] = auxiliary(name=f"stage{stage}_aux")(inner, train=train)
         ends["pooled"] = _spatial_mean(x)
         head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
         ends["logits"] = head(ends["pooled"])

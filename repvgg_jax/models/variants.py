@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.models.blocks import SqueezeExcitePosition
 from repvgg_jax.models.operations import Operations
-from repvgg_jax.models.repvgg import RepVGG
+from repvgg_jax.models.repvgg import PARTS, RepVGG
 
 
 class Variant(NamedTuple):
@@ -75,6 +75,7 @@ def create_model(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     remat: bool = False,
+    frozen: str | None = None,
     ops: Operations = "auto",
 ) -> RepVGG:
     """Build a published RepVGG, or one cut to measure.
@@ -91,6 +92,7 @@ def create_model(
       dtype: of the computation, e.g. `jnp.bfloat16`.
       param_dtype: of parameters and statistics.
       remat: trade time for memory in the backward pass.
+      frozen: the last of 'stem', 'stage1' … 'stage4' that is not trained, with all before it; None trains everything.
       ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere; forward-mode and second
         derivatives need "xla".
 
@@ -113,6 +115,8 @@ def create_model(
         raise ValueError(f"num_classes is {num_classes}: expected at least 1")
     if len(strides) != 5 or any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"strides are {tuple(strides)}: expected five, each 1 or 2, for the stem and stage1…stage4")
+    if frozen not in (None, *PARTS):
+        raise ValueError(f"frozen is {frozen!r}: expected None or one of {', '.join(PARTS)}")
     if len(variant.depths) != 4 or any(depth < 1 for depth in variant.depths):
         raise ValueError(f"depths are {variant.depths}: expected four, each at least 1, for stage1…stage4")
     if variant.auxiliary_heads and variant.depths[2] < 2:
@@ -133,6 +137,7 @@ def create_model(
         dtype=dtype,
         param_dtype=param_dtype,
         remat=remat,
+        frozen=frozen,
         ops=ops,
         **variant._asdict(),
     )

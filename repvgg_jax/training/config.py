@@ -27,8 +27,13 @@ class TrainConfig:
     """Factors on the channels 64, 128, 256, 512 of stage 1 to 4, in place of the variant's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters and batch statistics stay float32."""
+    frozen: Literal["stem", "stage1", "stage2", "stage3", "stage4"] | None = None
+    """Do not train the network up to this part; its batch norms use their running statistics. With init_from."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+
+    init_from: str | None = None
+    """Run directory to start from (fine-tuning): its weights, and its mean and std where none are given."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
@@ -102,7 +107,7 @@ class TrainConfig:
     """Of initialisation, data order, augmentation and drawn splits."""
 
     def __post_init__(self) -> None:
-        create_model(self.variant, strides=self.strides, depths=self.depths, width_multiplier=self.width_multiplier)
+        self.create_model(num_classes=1)
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
@@ -149,6 +154,7 @@ class TrainConfig:
             width_multiplier=self.width_multiplier,
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
+            frozen=self.frozen,
         )
 
     @property

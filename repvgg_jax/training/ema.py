@@ -21,7 +21,7 @@ def update_ema(ema: Any, variables: Any, step: jax.Array, decay: float) -> Any:
       decay: of all later steps, in [0, 1).
 
     Returns:
-      decay · ema + (1 - decay) · variables, of the same dtypes.
+      decay · ema + (1 - decay) · variables, of the same dtypes; what does not change stays as it is to the last bit.
     """
     now = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: (now * old + (1 - now) * new).astype(old.dtype), ema, variables)
+    return jax.tree.map(lambda old, new: (old + (1 - now) * (new - old)).astype(old.dtype), ema, variables)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -20,6 +21,7 @@ from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.initialization import require_same_network, start_from
 from repvgg_jax.training.interruption import Interruption, interruptions
 from repvgg_jax.training.lock import only_run_in
 from repvgg_jax.training.metrics import MetricsLog
@@ -89,6 +91,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
             f"batch_size is {config.batch_size}: expected at most {len(dataset.train)}, the images in the training "
             f"split of {config.dataset}"
         )
+    require_same_network(config, dataset.channels)
     _claim(workdir, config, dataset)
     run = _Run(config, dataset, steps_per_epoch, mesh)
     with only_run_in(workdir):
@@ -151,6 +154,11 @@ class _Run:
         epoch_metrics: EpochMetrics = []
         if checkpoints.latest_step is None:
             state = create_state(*setting)
+            if config.init_from is not None:
+                variables = start_from(config.init_from, state.variables)
+                # A copy: the training step donates its state, and must not be given one array twice.
+                average = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
+                state = TrainState(state.step, **variables, opt_state=state.opt_state, ema=average)
         else:
             state, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting))
             checkpoints.set_aside(damaged)

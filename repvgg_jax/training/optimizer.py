@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
+from repvgg_jax.models import PARTS
 from repvgg_jax.training.config import TrainConfig
 
 
@@ -28,7 +30,7 @@ def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.S
     return optax.join_schedules([optax.linear_schedule(0.0, config.peak_learning_rate, warmup), cosine], [warmup])
 
 
-def weight_decay_mask(params: Any) -> Any:
+def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:
     """Which parameters decay: kernels, and the scale of the identity branch's norm.
 
     Biases do not, and neither do the scales of the norms behind a convolution, which the convolution's own kernel
@@ -36,13 +38,18 @@ def weight_decay_mask(params: Any) -> Any:
 
     Args:
       params: the tree of parameters.
+      frozen: the last part of the network that is not trained; what is not trained does not decay.
 
     Returns:
       A tree of booleans of the same structure.
     """
 
+    still = PARTS[: PARTS.index(frozen) + 1] if frozen else ()
+
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = [entry.key for entry in path]
+        if not names[0].endswith("_aux") and names[0].split("_")[0] in still:
+            return False
         return names[-1] == "kernel" or names[-2:] == ["branch_identity", "scale"]
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -59,6 +66,6 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     return optax.chain(
         *clip,
-        optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(weight_decay_mask, frozen=config.frozen)),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )

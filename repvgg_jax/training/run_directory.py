@@ -17,6 +17,7 @@ from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.files import write_whole
+from repvgg_jax.training.initialization import load_run_config
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
@@ -24,12 +25,17 @@ from repvgg_jax.training.steps import abstract_state, create_mesh, require_divis
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
-    """Open a config's data set and fill in the normalisation, measured where the config does not state it.
+    """Open a config's data set and fill in the normalisation where the config does not state it.
+
+    It is that of the run to start from, or measured.
 
     Raises:
       ValueError, FileNotFoundError: the data set is not there or not usable, or `mean` does not fit its channels.
     """
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+    if config.mean is None and config.init_from is not None:
+        earlier = load_run_config(config.init_from)
+        config = dataclasses.replace(config, mean=earlier.mean, std=earlier.std)
     if config.mean is None:
         mean, std = measure_normalization(dataset.train, image_size=config.image_size, channels=dataset.channels)
         config = dataclasses.replace(config, mean=mean, std=std)

@@ -1,0 +1,102 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.training import TrainConfig, train_and_evaluate
+from repvgg_jax.training.initialization import start_from
+from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.steps import create_mesh, create_state
+
+
+def fresh_variables(config, classes):
+    state = create_state(config.create_model(classes), create_optimizer(config, 1), config, 1, create_mesh())
+    return state.variables
+
+
+def without_head(variables):
+    return {**variables, "params": {name: leaf for name, leaf in variables["params"].items() if name != "head"}}
+
+
+def test_a_run_starts_from_the_weights_of_another_with_a_new_head_for_other_classes(tiny, finished):
+    fresh = fresh_variables(dataclasses.replace(tiny, seed=1), 7)
+    variables = start_from(finished.workdir, fresh)
+    chex.assert_trees_all_equal(without_head(variables), without_head(finished.state.variables))
+    chex.assert_trees_all_equal(variables["params"]["head"], fresh["params"]["head"])
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(without_head(fresh), without_head(finished.state.variables))
+    same_classes = start_from(finished.workdir, fresh_variables(dataclasses.replace(tiny, seed=1), 10))
+    chex.assert_trees_all_equal(same_classes, finished.state.variables)
+
+
+def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(tiny, finished, tmp_path):
+    config = dataclasses.replace(
+        tiny, init_from=str(finished.workdir), frozen="stage2", epochs=1, learning_rate=0.01, ema_decay=0.9, seed=1
+    )
+    result = train_and_evaluate(config, tmp_path / "run")
+    # The first epoch of fine-tuning is judged before it is over: better than the first from scratch.
+    assert result.history[0]["train/loss"] < finished.history[0]["train/loss"]
+    assert result.comparison.agreement.predictions_changed == 0
+    for trained in (result.state.variables, result.state.ema):
+        for collection, parts in trained.items():
+            for name, leaves in parts.items():
+                frozen = name.startswith(("stem", "stage1", "stage2"))
+                same = jax.tree.map(np.array_equal, leaves, finished.state.variables[collection][name])
+                assert all(jax.tree.leaves(same)) == frozen, (collection, name)
+    assert (
+        TrainConfig.load(result.workdir / "config.json").mean == TrainConfig.load(finished.workdir / "config.json").mean
+    )
+
+
+def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, tmp_path):
+    def start(init_from, **changes):
+        train_and_evaluate(dataclasses.replace(tiny, init_from=str(init_from), **changes), tmp_path / "run")
+
+    with pytest.raises(ValueError, match=r"deploy.safetensors, a deploy form: .*expected the run directory"):
+        start(finished.workdir / "deploy.safetensors")
+    with pytest.raises(FileNotFoundError, match="expected a run directory that"):
+        start(tmp_path)
+    with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, depths"):
+        start(finished.workdir, width_multiplier=(0.25, 0.25, 0.0625, 0.0625))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("frozen", ["stem", "stage3", "stage4"])
+def test_a_frozen_part_gets_no_gradient_keeps_its_statistics_and_uses_them(frozen):
+    settings = dict(num_classes=4, depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625))
+    whole = create_model("repvggplus_l2pse", **settings)
+    part = create_model("repvggplus_l2pse", **settings, frozen=frozen)
+    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    variables = whole.init(jax.random.key(1), images, train=False)
+
+    def loss(params, model):
+        (logits, auxiliary), updates = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return sum(jnp.square(x).sum() for x in (logits, *auxiliary.values())), updates["batch_stats"]
+
+    order = ["stem", "stage1", "stage2", "stage3", "stage4"]
+    names = tuple(order[: order.index(frozen) + 1])
+    for model in (whole, part):
+        gradients, statistics = jax.grad(loss, has_aux=True)(variables["params"], model)
+        for name, gradient in gradients.items():
+            still = model is part and name.startswith(names) and not name.endswith("_aux")
+            zero = all(not leaf.any() for leaf in jax.tree.leaves(gradient))
+            assert zero == still, name
+            if name in statistics and "head" not in name:
+                same = jax.tree.map(np.array_equal, statistics[name], variables["batch_stats"][name])
+                assert all(jax.tree.leaves(same)) == still, name
+    ends = {
+        model: model.apply(variables, images, train=train, features=True, mutable=["batch_stats"])[0][frozen]
+        for model, train in ((part, True), (whole, False))
+    }
+    chex.assert_trees_all_equal(ends[part], ends[whole])
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="frozen is 'stage5': expected None or one of stem, stage1"):
+        create_model("repvgg_a0", frozen="stage5")
