@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +60,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What failed to be written before fails again here, and must not hide why the run ends.
+        with contextlib.suppress(Exception) if kind else self._writing():
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -81,23 +85,42 @@ class Checkpoints:
           data_state: of the data iterator.
           epoch_metrics: of the steps of the epoch so far, where it is not over.
           accuracy: on the test split; the checkpoint where it is highest is kept.
+
+        Raises:
+          OSError: this or the last checkpoint could not be written.
         """
         fields = _fields(state)
         checksum = _checksum(fields, data_state, epoch_metrics or [])
         progress = {"epoch_metrics": epoch_metrics or [], "checksum": checksum}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(fields),
-                data=ocp.args.JsonSave(data_state),
-                progress=ocp.args.JsonSave(progress),
-            ),
-            metrics=None if accuracy is None else {"accuracy": accuracy},
-        )
+        with self._writing():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(fields),
+                    data=ocp.args.JsonSave(data_state),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                metrics=None if accuracy is None else {"accuracy": accuracy},
+            )
 
     def wait(self) -> None:
-        """Return when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Return when everything saved is on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise nearly anything
+            raise OSError(
+                f"a checkpoint could not be written in {self.directory}: {_first_line(error)}. Those before it are "
+                "whole: make room or give permission, and run the same command again"
+            ) from error
 
     def restore(self, template: TrainState) -> Restored:
         """Restore the newest checkpoint that is whole; warn of newer ones that are not.
@@ -177,5 +200,5 @@ def _checksum(fields: dict[str, Any], data_state: dict[str, Any], epoch_metrics:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return json.dumps(text.splitlines()[0][:200], ensure_ascii=False)
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 240 else f"{text[:100]} … {text[-130:]}"

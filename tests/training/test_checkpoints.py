@@ -128,3 +128,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             checkpoints.wait()
         assert checkpoints.restore(abstract_state(*setting(CONFIG))).state.step == 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4", "5"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']\nand a long story")
+
+    state = create_state(*setting(CONFIG))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(OSError, match=r"could not be written in .*No space left .*28'\]. .* whole: make room"):
+            checkpoints.save(at_step(state, 1), {})
+        assert int(checkpoints.restore(abstract_state(*setting(CONFIG))).state.step) == 0
