@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tabulate import tabulate
 
-from repvgg_jax.models import RepVGG, fuse_model
+from repvgg_jax.models import RepVGG, compile_inference, fuse_model
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.steps import Batch, make_eval_step, shard_batch
@@ -168,14 +168,17 @@ def fuse_and_compare(
 def _interleaved_times(
     models: tuple[RepVGG, RepVGG], both: tuple[Any, Any], images: jax.Array, repeats: int = 9
 ) -> list[float]:
-    """Median milliseconds for one image of each model, measured in turn so that drift hits both."""
-    floats = images.astype(jnp.float32) / 255
-    forwards = [jax.jit(lambda v, x, m=model: m.apply(v, x, train=False)) for model in models]
+    """Median milliseconds for one image of each model, compiled for inference and measured in turn."""
+    floats = jnp.asarray(jax.device_get(images), jnp.float32) / 255  # on one device
+    forwards = [
+        compile_inference(model, jax.device_get(variables), floats)
+        for model, variables in zip(models, both, strict=True)
+    ]
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 1):
-        for forward, variables, seconds in zip(forwards, both, times, strict=True):
+        for forward, seconds in zip(forwards, times, strict=True):
             start = time.perf_counter()
-            jax.block_until_ready(forward(variables, floats))
-            if repeat:  # the first call compiles
+            jax.block_until_ready(forward(floats))
+            if repeat:  # the first call warms up
                 seconds.append(time.perf_counter() - start)
     return [1e3 * statistics.median(seconds) / len(images) for seconds in times]
