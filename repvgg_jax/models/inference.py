@@ -56,7 +56,7 @@ def compile_inference(
       >>> forward(images).shape
       (1, 10)
     """
-    device = device or jax.devices()[0]
+    device = device or jax.local_devices()[0]
     platform = device.platform
     if platform == "gpu":  # JAX calls NVIDIA's and AMD's alike
         platform = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

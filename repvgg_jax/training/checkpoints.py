@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from repvgg_jax.training.cluster import is_primary, wait_for_all
 from repvgg_jax.training.steps import TrainState
 
 EpochMetrics = list[dict[str, float]]
@@ -159,13 +160,14 @@ class Checkpoints:
 
     def set_aside(self, steps: list[int]) -> None:
         """Move damaged checkpoints to `damaged_checkpoints/`, where training does not stumble over them."""
-        for step in steps:
+        for step in steps if is_primary() else []:
             target = self.directory.parent / "damaged_checkpoints" / str(step)
             target.parent.mkdir(exist_ok=True)
             while target.exists():
                 target = target.with_name(f"{target.name}_")
             (self.directory / str(step)).rename(target)
         if steps:
+            wait_for_all("damaged checkpoints set aside")
             self._manager.reload()
 
     def _read(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any], EpochMetrics]:

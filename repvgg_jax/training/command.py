@@ -16,6 +16,7 @@ import tyro
 from repvgg_jax.data import load_dataset
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.compilation_cache import keep_compiled_programs
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.interruption import TerminatedError
@@ -35,6 +36,7 @@ _FUSE_DESCRIPTION = (
 @dataclasses.dataclass(frozen=True)
 class _TrainArguments:
     config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Cluster)
     workdir: Path | None = None
     """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
     summary: bool = False
@@ -81,10 +83,14 @@ def train_command(arguments: list[str]) -> int:
         if parsed.summary:
             print(_summary(parsed.config))
             return
+        if parsed.cluster.distributed and parsed.workdir is None:
+            raise ValueError("workdir is None: several processes need one --workdir that all of them see")
+        parsed.cluster.join()
         workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         _keep_compiled_programs()
         train_and_evaluate(parsed.config, workdir)
-        print(f"\nreport: {workdir / 'report.md'}\nweights: {workdir / 'deploy.safetensors'}")
+        if is_primary():
+            print(f"\nreport: {workdir / 'report.md'}\nweights: {workdir / 'deploy.safetensors'}")
 
     return _guard(run)
 
@@ -119,7 +125,7 @@ def _guard(run: Callable[[], None]) -> int:
 
 def _keep_compiled_programs() -> None:
     directory = keep_compiled_programs()
-    if directory:
+    if directory and is_primary():
         print(f"compiled programs are kept in {directory}")
 
 

@@ -118,6 +118,7 @@ def fuse_and_compare(
       ValueError: the variables cannot be fused.
       EquivalenceError: the fused tree is not the one `deploy_model.init` makes.
     """
+    variables = jax.device_get(variables)  # the same on every process, each of which fuses for itself
     deploy_model, deploy_variables = fuse_model(model, variables)
     in_channels = variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
     images = jnp.zeros((1, config.evaluation_size, config.evaluation_size, in_channels))
@@ -127,15 +128,15 @@ def fuse_and_compare(
     except AssertionError as error:
         raise EquivalenceError(f"the fused variables are not those of the deploy form: {error}") from None
     exact = [form.clone(dtype=None) for form in (model, deploy_model)]
-    both = (variables, deploy_variables)
+    both = (variables, jax.device_get(deploy_variables))
     logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     labels = []
-    first: dict[str, Any] = {}
+    first: Batch = {}
     with jax.default_matmul_precision("float32"):
         steps = [make_eval_step(form, config, mesh) for form in exact]
         for batch in batches():
             placed = shard_batch(batch, mesh)
-            first = first or placed
+            first = first or batch
             results = [step(form_variables, placed) for step, form_variables in zip(steps, both, strict=True)]
             mask = np.asarray(results[0]["mask"])
             labels.append(np.asarray(results[0]["label"])[mask])
@@ -166,14 +167,11 @@ def fuse_and_compare(
 
 
 def _interleaved_times(
-    models: tuple[RepVGG, RepVGG], both: tuple[Any, Any], images: jax.Array, repeats: int = 9
+    models: tuple[RepVGG, RepVGG], both: tuple[Any, Any], images: np.ndarray, repeats: int = 9
 ) -> list[float]:
     """Median milliseconds for one image of each model, compiled for inference and measured in turn."""
-    floats = jnp.asarray(jax.device_get(images), jnp.float32) / 255  # on one device
-    forwards = [
-        compile_inference(model, jax.device_get(variables), floats)
-        for model, variables in zip(models, both, strict=True)
-    ]
+    floats = jnp.asarray(images, jnp.float32) / 255
+    forwards = [compile_inference(model, variables, floats) for model, variables in zip(models, both, strict=True)]
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for forward, seconds in zip(forwards, times, strict=True):

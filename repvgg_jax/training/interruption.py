@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class TerminatedError(RuntimeError):
     """SIGTERM came, as a scheduler sends it before it takes the machine away; the run was saved."""
@@ -22,6 +25,16 @@ class Interruption:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def at_step(self, step: int) -> bool:
+        """Whether to stop before this step, counted from 0; all processes call it at each, and stop at the same.
+
+        Several processes leave SIGTERM to JAX, which tells all of them and finds a step that none has passed. Ctrl-C
+        stops them at once.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return bool(self)
+
     def exception(self, message: str) -> BaseException:
         """What to raise when the run has been saved."""
         return KeyboardInterrupt(message) if self.signal == signal.SIGINT else TerminatedError(message)
@@ -31,10 +44,11 @@ class Interruption:
 def interruptions() -> Iterator[Interruption]:
     """Note SIGTERM and the first SIGINT (Ctrl-C, a notebook's stop button) instead of stopping at once.
 
-    The second SIGINT stops at once. Outside of the main thread, where Python allows no handlers, nothing is noted.
+    The second SIGINT stops at once. Outside of the main thread, where Python allows no handlers, and among several
+    processes, where JAX has its own, no handlers are set.
     """
     interruption = Interruption()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield interruption
         return
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
+from repvgg_jax.training.cluster import is_primary, wait_for_all
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.initialization import require_same_network, start_from
@@ -64,7 +65,8 @@ class TrainingDivergedError(RuntimeError):
 def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> Result:
     """Train a RepVGG, fuse it, prove the two forms equal, and write a run directory.
 
-    One process, with all its devices. SIGTERM and Ctrl-C end the step, save a checkpoint, and then raise.
+    On all devices of all processes, where several have joined by `jax.distributed.initialize`; they must see one file
+    system. Process 0 writes and prints. SIGTERM and Ctrl-C end the step, save a checkpoint, and then raise.
 
     Args:
       config: e.g. `dataclasses.replace(PRESETS["digits"], epochs=1)`.
@@ -92,9 +94,11 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
             f"split of {config.dataset}"
         )
     require_same_network(config, dataset.channels)
-    _claim(workdir, config, dataset)
+    if is_primary():
+        _claim(workdir, config, dataset)
+    wait_for_all("claimed")
     run = _Run(config, dataset, steps_per_epoch, mesh)
-    with only_run_in(workdir):
+    with only_run_in(workdir) if is_primary() else contextlib.nullcontext():
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
             state, history = run.train(workdir, checkpoints)
         comparison = finish(workdir, config, dataset, run.model, state.eval_variables, mesh)
@@ -161,6 +165,7 @@ class _Run:
                 state = TrainState(state.step, **variables, opt_state=state.opt_state, ema=average)
         else:
             state, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting))
+            wait_for_all("restored")
             checkpoints.set_aside(damaged)
             iterator.set_state(data_state)
             self.saved_step = int(state.step)
@@ -175,8 +180,8 @@ class _Run:
         with (
             interruptions() as interruption,
             contextlib.closing(iterator),
-            MetricsLog(workdir, resume_epoch=done) as log,
-            tqdm(total=total, initial=int(state.step), unit="step", disable=None, dynamic_ncols=True) as bar,
+            MetricsLog(workdir, resume_epoch=done, write=is_primary()) as log,
+            tqdm(total=total, initial=int(state.step), unit="step", disable=_quiet(), dynamic_ncols=True) as bar,
         ):
             for epoch in range(done + 1, config.epochs + 1):
                 start = time.perf_counter()
@@ -208,7 +213,8 @@ class _Run:
                     "seconds": time.perf_counter() - start,
                 }
                 log.write(line)
-                bar.write(_epoch_line(line, config.epochs))
+                if is_primary():
+                    bar.write(_epoch_line(line, config.epochs))
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                     checkpoints.save(state, iterator.get_state(), accuracy=test_metrics["accuracy"])
                     self.saved_step = int(state.step)
@@ -216,7 +222,11 @@ class _Run:
         return state, log.history
 
     def _introduce(self, workdir: Path, step: int, compile_seconds: float) -> None:
+        if not is_primary():
+            return
         devices = f"{self.mesh.size} × {jax.devices()[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" in {jax.process_count()} processes"
         epochs, steps = divmod(step, self.steps_per_epoch)
         resumed = f", resuming after epoch {epochs}" + f" and {steps} steps" * (steps > 0) if step else ""
         print(
@@ -246,7 +256,7 @@ class _Run:
         first = completed = len(earlier)
         start = shown = time.perf_counter()
         for number in range(first + 1, self.steps_per_epoch + 1):
-            if interruption:
+            if interruption.at_step(int(epoch - 1) * self.steps_per_epoch + number - 1):
                 break
             state, step_metrics = train_step(state, shard_batch(next(iterator), self.mesh))
             metrics.append(step_metrics)
@@ -298,6 +308,11 @@ def _summarize(metrics: EpochMetrics) -> dict[str, float]:
     if "skipped" in metrics[0]:
         means["skipped"] = float(len(metrics) - len(kept))
     return {"loss": math.nan, **means}
+
+
+def _quiet() -> bool | None:
+    """For tqdm: never on processes that do not print, otherwise where there is no terminal."""
+    return None if is_primary() else True
 
 
 def _epoch_line(line: dict[str, float], epochs: int) -> str:

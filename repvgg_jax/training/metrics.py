@@ -17,11 +17,15 @@ class MetricsLog:
       workdir: the run directory.
       resume_epoch: epochs already in the log that stay; later lines, from a run that was cut off after its last
         checkpoint, go.
+      write: keep the history only, for processes that do not write.
     """
 
-    def __init__(self, workdir: Path, resume_epoch: int = 0):
+    def __init__(self, workdir: Path, resume_epoch: int = 0, *, write: bool = True):
         self._path = workdir / "metrics.jsonl"
         self.history = [line for line in read_metrics(workdir) if line["epoch"] <= resume_epoch]
+        self._board: SummaryWriter | None = None
+        if not write:
+            return
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.history))
         purge = int(self.history[-1]["step"]) + 1 if self.history else 0
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
@@ -30,11 +34,14 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, line: dict[str, float]) -> None:
         """Append the metrics of one epoch; `epoch` and `step` are among them."""
         self.history.append(line)
+        if self._board is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():

@@ -14,6 +14,7 @@ from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_no
 from repvgg_jax.interop.safetensors import Preprocess, save_deploy
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.files import write_whole
@@ -120,9 +121,10 @@ def finish(
     deploy_model, deploy_variables, comparison = fuse_and_compare(
         model, variables, lambda: test_batches(config, dataset), config, mesh
     )
-    print(comparison.table(), flush=True)
+    if is_primary():
+        print(comparison.table(), flush=True)
     comparison.check()
-    if check_only or jax.process_index():
+    if check_only or not is_primary():
         return comparison
     mean, std = config.normalization
     preprocess = Preprocess(

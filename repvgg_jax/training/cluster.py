@@ -1,0 +1,56 @@
+"""Several processes that train one network."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.experimental import multihost_utils
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The processes that run this command together, each with its own devices."""
+
+    distributed: bool = False
+    """Join the other processes of the cluster; Slurm, Open MPI, Kubernetes and TPU pods are recognised."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the cluster is not recognised."""
+    num_processes: int | None = None
+    """How many processes there are, where the cluster is not recognised."""
+    process_id: int | None = None
+    """Which of them this is, from 0, where the cluster is not recognised."""
+
+    def join(self) -> None:
+        """Wait for the other processes and connect to them; before anything is computed.
+
+        Raises:
+          ValueError: no cluster is recognised, or the description of one is incomplete.
+        """
+        described = (self.coordinator, self.num_processes, self.process_id)
+        if not self.distributed:
+            if any(value is not None for value in described):
+                raise ValueError("coordinator, num_processes and process_id describe a cluster: give --distributed too")
+            return
+        if any(value is None for value in described) and any(value is not None for value in described):
+            raise ValueError(
+                f"coordinator is {self.coordinator}, num_processes {self.num_processes}, process_id {self.process_id}: "
+                "expected all three, or none where the cluster is recognised"
+            )
+        try:
+            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"cannot join a cluster ({error}): give --coordinator HOST:PORT, --num-processes and --process-id"
+            ) from None
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(place: str) -> None:
+    """Return when every process has come to this place, named the same everywhere."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)

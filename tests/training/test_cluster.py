@@ -1,0 +1,96 @@
+"""Two real processes over jax.distributed on this machine."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from repvgg_jax.training.command import train_command
+from repvgg_jax.training.metrics import read_metrics
+from tests.training.test_killed import FLAGS, ROOT, final_state
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(workdir, data_dir, cache, processes, epochs):
+    """The processes of one run; a single one has as many devices as the others have together."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if processes > 1 else 2}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "train.py", *FLAGS.split(), "--epochs", str(epochs), "--data-dir", data_dir]
+    command += ["--workdir", str(workdir)]
+    cluster = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(processes)]
+    return [
+        subprocess.Popen(
+            [*command, *([*cluster, "--process-id", str(index)] if processes > 1 else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(processes):
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+def test_two_processes_train_save_and_report_as_one_does(data_dir, tmp_path):
+    finish(start(tmp_path / "one", data_dir, tmp_path / "cache", 1, epochs=2))
+    first, second = finish(start(tmp_path / "two", data_dir, tmp_path / "cache", 2, epochs=2))
+    assert "2 × cpu in 2 processes" in first
+    assert "predictions changed" in first
+    assert "epoch" not in second
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [22, 44]
+    np.testing.assert_allclose(two[0]["train/loss"], one[0]["train/loss"], rtol=0.02)
+    (changed,) = re.findall(r"predictions changed +(\d+)", first)
+    assert changed == "0"
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_by_sigterm_resume_to_bit_identical_results(data_dir, tmp_path):
+    finish(start(tmp_path / "whole", data_dir, tmp_path / "cache", 2, epochs=40))
+    processes = start(tmp_path / "run", data_dir, tmp_path / "cache", 2, epochs=40)
+    while "run directory" not in (line := processes[0].stdout.readline()) and line:
+        pass
+    time.sleep(1.5)
+    processes[0].send_signal(signal.SIGTERM)  # as a scheduler that takes away one machine first
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    (step,) = {int(step) for output in outputs for step in re.findall(r"stopped at step (\d+) of 880", output)}
+    assert step < 880
+    finish(start(tmp_path / "run", data_dir, tmp_path / "cache", 2, epochs=40))
+    one, other = (final_state(tmp_path / name) for name in ("whole", "run"))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+
+def test_a_cluster_that_is_described_in_part_is_refused(capsys, tmp_path):
+    workdir = ["--workdir", str(tmp_path / "run")]
+    assert train_command([*workdir, "--distributed", "--num-processes", "2"]) == 2
+    assert "coordinator is None, num_processes 2, process_id None: expected all three" in capsys.readouterr().err
+    assert train_command([*workdir, "--process-id", "1"]) == 2
+    assert "give --distributed too" in capsys.readouterr().err
+    assert train_command(["--distributed"]) == 2
+    assert "need one --workdir" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
