@@ -130,7 +130,6 @@ class RepVGG(nn.Module):
             squeeze_excite_reduction=self.squeeze_excite_reduction,
             **policy,
         )
-        auxiliary = partial(AuxiliaryHead, self.num_classes, **policy)
         use_auxiliary = self.auxiliary_heads and not self.deploy
 
         frozen = self.frozen is not None
@@ -145,6 +144,10 @@ class RepVGG(nn.Module):
                 return x
             frozen = False
             return jax.lax.stop_gradient(x)
+
+        def auxiliary(name: str, x: jax.Array) -> None:
+            head = AuxiliaryHead(self.num_classes, **policy, name=name)
+            ends[name] = head(jax.lax.stop_gradient(x) if frozen else x, train=train)
 
         if self.remat:
             run = nn.remat(run)
@@ -164,12 +167,10 @@ class RepVGG(nn.Module):
                 )
                 x = run(module, x)
                 if use_auxiliary and stage == 3 and number == depth // 2:
-                    inner = jax.lax.stop_gradient(x) if frozen else x
-                    ends["stage3_first_aux"] = auxiliary(name="stage3_first_aux")(inner, train=train)
+                    auxiliary("stage3_first_aux", x)
             x = end(f"stage{stage}", x)
             if use_auxiliary and stage in (1, 2):
-                inner = jax.lax.stop_gradient(x) if frozen else x
-                ends[f"stage{stage}_aux"] = auxiliary(name=f"stage{stage}_aux")(inner, train=train)
+                auxiliary(f"stage{stage}_aux", x)
         ends["pooled"] = _spatial_mean(x)
         head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
         ends["logits"] = head(ends["pooled"])

@@ -119,6 +119,12 @@ class TrainConfig:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(
+            self.frozen is None or self.init_from is not None,
+            "frozen",
+            self.frozen,
+            "init_from as well: without a run to start from, what is frozen would stay random",
+        )
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
         _require(

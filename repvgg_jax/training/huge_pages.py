@@ -18,10 +18,10 @@ HUGE_PAGES = ":".join(
 
 
 def restart_with_huge_pages() -> None:
-    """Start this process anew with huge pages, on Linux; a variable `GLIBC_TUNABLES`, even an empty one, is left alone.
+    """Replace this process, under the same id, by the same command with `GLIBC_TUNABLES` set to `HUGE_PAGES`.
 
-    Only the first call of a process returns to its caller in another process image, of the same id; scripts call it
-    first of all.
+    Scripts call it before they do anything. Where the variable is set already, even to nothing, and where there is no
+    glibc to read it (only Linux has it), the call does nothing.
     """
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         environment = {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}

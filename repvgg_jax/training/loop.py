@@ -256,7 +256,7 @@ class _Run:
         first = completed = len(earlier)
         start = shown = time.perf_counter()
         for number in range(first + 1, self.steps_per_epoch + 1):
-            if interruption.at_step(int(epoch - 1) * self.steps_per_epoch + number - 1):
+            if interruption.at_step((epoch - 1) * self.steps_per_epoch + number - 1):
                 break
             state, step_metrics = train_step(state, shard_batch(next(iterator), self.mesh))
             metrics.append(step_metrics)

@@ -22,6 +22,7 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(momentum=1.0), r"momentum is 1.0: expected in \[0, 1\)"),
         (dict(label_smoothing=1.5), "label_smoothing is 1.5"),
         (dict(color_jitter=1.5), r"color_jitter is 1.5: expected in \[0, 1\]"),
+        (dict(frozen="stem"), "frozen is stem: expected init_from as well"),
         (dict(cutout=-1), "cutout is -1: expected at least 0"),
         (dict(cutout=33), r"cutout is 33: expected at most image_size \(=32\)"),
         (dict(mixup=-0.2), "mixup is -0.2: expected at least 0"),

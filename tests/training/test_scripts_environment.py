@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from repvgg_jax.training.huge_pages import HUGE_PAGES
+from repvgg_jax.training.huge_pages import HUGE_PAGES, restart_with_huge_pages
 
 COMPILE = """
 import jax
@@ -19,6 +19,11 @@ from repvgg_jax.training.huge_pages import restart_with_huge_pages
 restart_with_huge_pages()
 print(os.getpid(), os.environ["GLIBC_TUNABLES"])
 """
+
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="glibc reads the setting, and only Linux has it; elsewhere nothing happens, which another test holds",
+)
 
 
 def run(code, **variables):
@@ -50,14 +55,28 @@ def test_a_cache_that_cannot_be_written_stops_nothing():
     assert output == ["/proc/none/repvgg_jax/xla", "computed"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@LINUX
 def test_the_process_starts_anew_with_huge_pages_once():
     pid, (line,) = run(RESTART)
     assert line == f"{pid} {HUGE_PAGES}"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@LINUX
 @pytest.mark.parametrize("chosen", ["", "glibc.malloc.check=0"])
 def test_a_setting_of_the_users_own_is_left_alone(chosen):
     pid, (line,) = run(RESTART, GLIBC_TUNABLES=chosen)
     assert line == f"{pid} {chosen}"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_where_there_is_no_glibc_the_process_goes_on_as_it_is(platform, monkeypatch):
+    def restart(*_):
+        raise AssertionError("restarted")
+
+    monkeypatch.setattr(os, "execve", restart)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    restart_with_huge_pages()
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(AssertionError, match="restarted"):
+        restart_with_huge_pages()
