@@ -74,15 +74,16 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 )
 
 # python train.py cifar10_cpu --data-dir DIR
-# Two CPU cores. A0's depths, half its width, strides that halve the image three times.
+# Two CPU cores, an hour and a half. A0's depths at half its width or less; the image is 16 pixels wide in stages 1
+# and 2, 8 in stage 3, 4 at the end.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
     trivial_augment=False,
-    strides=(1, 2, 2, 2, 1),
-    width_multiplier=(0.5, 0.5, 0.5, 1.0),
+    strides=(1, 2, 1, 2, 2),
+    width_multiplier=(0.5, 0.5, 0.375, 1.0),
     cutout=0,
-    epochs=30,
+    epochs=20,
     batch_size=128,
     eval_batch_size=256,
     warmup_epochs=3,
