@@ -1,5 +1,6 @@
 """The benchmark commands run, measure what they say, and say what they could not."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import pipeline
 from benchmarks.memory import megabytes
 from benchmarks.race import Case, Race, Time, ratio
 from benchmarks.resnet import create_resnet
@@ -108,3 +110,15 @@ def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_
     assert deploy[0] < training[0] == gradients[0]
     assert deploy[2] < training[2] < gradients[2]
     assert all(whole > weights + activations for weights, activations, whole in (training, deploy, gradients))
+
+
+@pytest.mark.parametrize("data", ["memory", "jpeg"])
+def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkeypatch, capsys):
+    small = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625), image_size=32)
+    presets = {name: dataclasses.replace(config, **small) for name, config in pipeline.PRESETS.items()}
+    monkeypatch.setattr(pipeline, "PRESETS", presets)
+    few = ["--images", "17", "--batch-size", "8", "--workers", "0", "--turns", "1", "--seconds", "0.01"]
+    pipeline.main(["--data", data, *few])
+    name, workers, *_, batch, alone, step, together, share, percent = capsys.readouterr().out.splitlines()[-1].split()
+    assert (name, workers, batch, percent) == (data, "0", "8", "%")
+    assert all(int(rate.replace(",", "")) > 0 for rate in (alone, step, together, share))

@@ -13,7 +13,7 @@ _TRAIN, _TEST = "#7a869a", "#1f5fbf"
 
 
 def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """Draw loss and accuracy over the epochs, training beside test."""
+    """Draw loss and accuracy over the epochs, training beside test; a picture that is there is replaced at once."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, quantity, factor, unit in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("", " (%)"), strict=True
@@ -30,7 +30,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    _save(figure, path)
 
 
 def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, clas
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    _save(figure, path)
 
 
 def draw_differences(path: Path, differences: np.ndarray, max_reference: float) -> None:
@@ -70,4 +70,11 @@ def draw_differences(path: Path, differences: np.ndarray, max_reference: float) 
     )
     axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # A viewer that looks while the picture is written sees the earlier one.
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=130, bbox_inches="tight", format="png")
+    partial.replace(path)

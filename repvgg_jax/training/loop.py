@@ -22,6 +22,7 @@ from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.cluster import is_primary, wait_for_all
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.figures import draw_curves
 from repvgg_jax.training.initialization import require_same_network, start_from
 from repvgg_jax.training.interruption import Interruption, interruptions
 from repvgg_jax.training.lock import only_run_in
@@ -46,6 +47,7 @@ from repvgg_jax.training.steps import (
     shard_batch,
 )
 
+_SECONDS_BETWEEN_PICTURES = 5.0
 _FIRST_FILES = ("dataset.json", "config.json", ".lock")
 
 
@@ -183,6 +185,7 @@ class _Run:
             MetricsLog(workdir, resume_epoch=done, write=is_primary()) as log,
             tqdm(total=total, initial=int(state.step), unit="step", disable=_quiet(), dynamic_ncols=True) as bar,
         ):
+            drawn = -math.inf
             for epoch in range(done + 1, config.epochs + 1):
                 start = time.perf_counter()
                 steps = self.steps_per_epoch - len(epoch_metrics)
@@ -215,6 +218,10 @@ class _Run:
                 log.write(line)
                 if is_primary():
                     bar.write(_epoch_line(line, config.epochs))
+                    # Not after each of many short epochs: drawing takes a fifth of a second.
+                    if time.perf_counter() - drawn > _SECONDS_BETWEEN_PICTURES:
+                        draw_curves(workdir / "curves.png", log.history)
+                        drawn = time.perf_counter()
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                     checkpoints.save(state, iterator.get_state(), accuracy=test_metrics["accuracy"])
                     self.saved_step = int(state.step)

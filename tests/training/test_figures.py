@@ -16,6 +16,9 @@ def test_curves_are_drawn_from_one_epoch_on(tmp_path):
         path = tmp_path / f"{count}.png"
         draw_curves(path, [{**line, "epoch": epoch} for epoch in range(1, count + 1)])
         assert is_a_picture(path)
+    draw_curves(path, [line])
+    assert is_a_picture(path)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])

@@ -1,0 +1,172 @@
+"""Does the input pipeline keep the device fed? `python -m benchmarks.pipeline [--data memory jpeg] [--workers 0 8]`.
+
+Images per second, medians of turns: of reading and decoding alone, of the training step alone (augmentation is part
+of it), and of both as `train.py` runs them. 'memory' is as many images of 32×32 as CIFAR-10 has, kept in memory;
+'jpeg' decodes files of 500×375 and crops them to 224×224, as for ImageNet. Images are generated.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+from tabulate import tabulate
+
+from repvgg_jax.data import Source, load_dataset, train_iterator
+from repvgg_jax.data.memory import InMemory
+from repvgg_jax.training import PRESETS, TrainConfig
+from repvgg_jax.training.huge_pages import restart_with_huge_pages
+from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.steps import (
+    abstract_batch,
+    abstract_state,
+    create_mesh,
+    create_state,
+    make_train_step,
+    shard_batch,
+)
+
+HEADERS = ("data", "processes", "network", "batch", "pipeline alone", "step alone", "together", "of the slower")
+
+
+class Rates(NamedTuple):
+    """Images per second."""
+
+    pipeline: float
+    step: float
+    together: float
+
+
+def images_in_memory(count: int) -> Source:
+    """Random images of 32×32×3, read once already."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    source = InMemory([{"image": image, "label": i % 10} for i, image in enumerate(images)], images.shape[1:])
+    source.gather(np.arange(count))
+    return source
+
+
+def jpeg_files(directory: Path, count: int) -> Source:
+    """JPEGs of 500×375 pixels at quality 90: smooth shapes with some noise, so that they weigh what photographs do."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + random.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+        path = directory / ("train" if number else "test") / "class" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+    return load_dataset(f"folder:{directory}").train
+
+
+def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, seconds: float) -> Rates:
+    """The three rates, in turns of at least so many seconds each.
+
+    Args:
+      config: of the training step; its batch size is used.
+      source: at least one batch of it.
+      workers: processes that read and decode; 0 reads in threads.
+      turns: per rate.
+      seconds: per turn.
+    """
+    mesh = create_mesh()
+    if config.mean is None:
+        config = dataclasses.replace(config, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model, optimizer = config.create_model(num_classes=10), create_optimizer(config, steps_per_epoch=100)
+    setting = (model, optimizer, config, 3, mesh)
+    shapes = (abstract_state(*setting), abstract_batch(config, 3, mesh))
+    compiled = make_train_step(model, optimizer, config, mesh).lower(*shapes).compile()
+    state = create_state(*setting)
+    iterator = train_iterator(
+        source,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        channels=3,
+        seed=0,
+        crop="random_resized" if config.random_resized_crop else "resize",
+        num_workers=workers,
+    )
+    one_batch = next(iterator)
+
+    def train(batches: Iterator[Any]) -> Callable[[], None]:
+        ahead: deque[Any] = deque()
+
+        def turn() -> None:
+            nonlocal state
+            state, metrics = compiled(state, shard_batch(next(batches), mesh))
+            ahead.append(metrics)
+            if len(ahead) > 2:  # as the training loop
+                jax.block_until_ready(ahead.popleft())
+
+        return turn
+
+    contestants = (lambda: next(iterator), train(itertools.repeat(one_batch)), train(iterator))
+    try:
+        rates = [
+            [_images_per_second(turn, config.batch_size, seconds, lambda: state) for turn in contestants]
+            for _ in range(turns)
+        ]
+    finally:
+        iterator.close()
+    return Rates(*np.median(rates, axis=0).tolist())
+
+
+def _images_per_second(turn: Callable[[], Any], images: int, seconds: float, result: Callable[[], Any]) -> float:
+    # What lies ready in buffers, and the compilation of transfers, are not the pace.
+    for _ in range(4):
+        turn()
+    jax.block_until_ready(result())
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - start < seconds:
+        turn()
+        count += 1
+    jax.block_until_ready(result())
+    return images * count / (time.perf_counter() - start)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=["memory", "jpeg"], default=["memory", "jpeg"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2 if on_cpu else 8], help="for JPEGs")
+    parser.add_argument("--batch-size", type=int, help="default: the preset's; on a CPU 32 for 224×224")
+    parser.add_argument("--images", type=int, help="how many to generate; default: 50,000 in memory, 2,000 JPEGs")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, at least")
+    options = parser.parse_args(arguments)
+    memory = PRESETS["cifar10_a0_stride32" if on_cpu else "cifar10"]
+    jpeg = PRESETS["imagenet"]
+    jpeg = dataclasses.replace(jpeg, batch_size=32) if on_cpu else dataclasses.replace(jpeg, dtype="bfloat16")
+    print(f"{jax.device_count()} × {jax.devices()[0].device_kind}, images/s, medians of {options.turns} turns")
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name, config in (("memory", memory), ("jpeg", jpeg)):
+            if name not in options.data:
+                continue
+            if options.batch_size:
+                config = dataclasses.replace(config, batch_size=options.batch_size)
+            if name == "memory":
+                source = images_in_memory(options.images or 50_000)
+            else:
+                source = jpeg_files(Path(directory), options.images or 2_000)
+            for workers in options.workers if name == "jpeg" else [0]:
+                rates = measure(config, source, workers, turns=options.turns, seconds=options.seconds)
+                network = f"{config.variant}, {config.image_size}², {config.dtype}"
+                share = rates.together / min(rates.pipeline, rates.step)
+                numbers = [f"{rate:,.0f}" for rate in rates]
+                rows.append((name, workers, network, config.batch_size, *numbers, f"{100 * share:.0f} %"))
+    print(tabulate(rows, HEADERS, disable_numparse=True, colalign=("left", "right", "left", *["right"] * 5)))
+
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    main()
