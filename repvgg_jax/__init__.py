@@ -1,6 +1,6 @@
 """RepVGG in JAX/Flax: train three branches, infer one 3×3 convolution, exactly."""
 
-from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, summarize
+from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, reopen_model, summarize
 from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
 from repvgg_jax.version import VERSION as __version__  # noqa: N811
 
@@ -15,5 +15,6 @@ __all__ = [
     "fuse",
     "fuse_model",
     "fuse_with",
+    "reopen_model",
     "summarize",
 ]

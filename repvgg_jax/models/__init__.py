@@ -3,6 +3,7 @@
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
 from repvgg_jax.models.deploy import fuse_model
 from repvgg_jax.models.inference import compile_inference
+from repvgg_jax.models.reopen import reopen_model
 from repvgg_jax.models.repvgg import PARTS, RepVGG
 from repvgg_jax.models.summary import Summary, summarize
 from repvgg_jax.models.variants import VARIANTS, Variant, create_model
@@ -19,5 +20,6 @@ __all__ = [
     "compile_inference",
     "create_model",
     "fuse_model",
+    "reopen_model",
     "summarize",
 ]

@@ -34,6 +34,8 @@ class TrainConfig:
 
     init_from: str | None = None
     """Run directory to start from (fine-tuning): its weights, and its mean and std where none are given."""
+    reopen: bool = False
+    """Start from a deploy.safetensors: its kernels in 3×3 branches with batch norms that change nothing."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
@@ -119,6 +121,12 @@ class TrainConfig:
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+        _require(
+            not self.reopen or str(self.init_from).endswith(".safetensors"),
+            "init_from",
+            self.init_from,
+            "a deploy.safetensors, since reopen is given",
+        )
         _require(
             self.frozen is None or self.init_from is not None,
             "frozen",

@@ -1,55 +1,77 @@
-"""Fine-tuning: begin with the weights of an earlier run."""
+"""Fine-tuning: begin with the weights of an earlier run, or of a deploy form."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
+from repvgg_jax.data import normalize
+from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.steps import abstract_state, create_mesh
 
 
-def load_run_config(run: str | Path) -> TrainConfig:
-    """Read the config of a run that is to be started from.
+class Origin(NamedTuple):
+    """What a run starts from: the network in its training form, and the images it was trained on."""
+
+    model: RepVGG
+    channels: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def find_origin(config: TrainConfig) -> Origin:
+    """Look at what `config.init_from` names.
 
     Raises:
-      ValueError: it is a file of the deploy form, which cannot be trained on.
-      FileNotFoundError: it is no run directory.
+      ValueError: it is a file of the deploy form, which cannot be trained on, and `reopen` is not given; or the file
+        is damaged.
+      FileNotFoundError: it is no run directory, or no file.
     """
-    run = Path(run)
-    if run.suffix == ".safetensors":
+    path = Path(str(config.init_from))
+    if config.reopen:
+        model, _, preprocess, _ = load_deploy(path)
+        return Origin(model.clone(deploy=False), preprocess.channels, preprocess.mean, preprocess.std)
+    if path.suffix == ".safetensors":
         raise ValueError(
-            f"init_from is {run}, a deploy form: its branches are folded into one kernel each, and what training needs "
-            "of them is gone; expected the run directory it was made in, which holds the training form"
+            f"init_from is {path}, a deploy form: its branches are folded into one kernel each, and what training "
+            "needs of them is gone; expected the run directory it was made in, which holds the training form. reopen "
+            "starts from the file all the same, with branches and batch norms that are new"
         )
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"init_from is {run}: expected a run directory that train.py wrote, with a config.json")
-    return TrainConfig.load(run / "config.json")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"init_from is {path}: expected a run directory that train.py wrote, with a config.json"
+        )
+    earlier, record = TrainConfig.load(path / "config.json"), json.loads((path / "dataset.json").read_text())
+    return Origin(earlier.create_model(len(record["class_names"])), record["channels"], earlier.mean, earlier.std)
 
 
 def require_same_network(config: TrainConfig, channels: int) -> None:
-    """See that the run in `config.init_from`, if any, trained the network of `config`, whatever the classes.
+    """See that what `config.init_from` names, if anything, is the network of `config`, whatever the classes.
 
     Args:
       config: of the new run.
       channels: of its images.
 
     Raises:
-      ValueError: the networks differ; the first arrays that do are named. Or the run is none to start from.
-      FileNotFoundError: it is no run directory.
+      ValueError: the networks differ; the first arrays that do are named. Or there is nothing to start from.
+      FileNotFoundError: there is no such run.
     """
     if config.init_from is None:
         return
-    earlier = load_run_config(config.init_from)
-    found = _shapes(earlier, _record(config.init_from)["channels"])
-    expected = _shapes(config, channels)
+    origin = find_origin(config)
+    found = _shapes(origin.model, origin.channels)
+    expected = _shapes(config.create_model(num_classes=1), channels)
     missing = "not there"
     differing = [
         f"{name} is {found.get(name, missing)}, expected {expected.get(name, missing)}"
@@ -64,45 +86,65 @@ def require_same_network(config: TrainConfig, channels: int) -> None:
         )
 
 
-def start_from(run: str | Path, variables: dict[str, Any]) -> dict[str, Any]:
-    """Replace freshly initialised variables by those of an earlier run of the same network.
+def start_from(
+    config: TrainConfig, variables: dict[str, Any], batch: Callable[[], dict[str, jax.Array]]
+) -> dict[str, Any]:
+    """Replace freshly initialised variables by those that `config.init_from` names.
 
-    Taken is what that run evaluates, the moving average where it has one. Heads of another number of classes stay
+    Taken from a run is what it evaluates, the moving average where it has one. Heads of another number of classes stay
     as they were initialised.
 
     Args:
-      run: the run directory.
+      config: of the new run, `mean` and `std` filled in.
       variables: {'params', 'batch_stats'} of the training form, replicated over devices.
+      batch: gives a batch of training images, which a deploy form is reopened with.
 
     Returns:
       Variables of the same shapes, dtypes and shardings.
 
     Raises:
-      FileNotFoundError: it is no run, or holds no checkpoint.
+      FileNotFoundError: there is no such run, or it holds no checkpoint.
     """
-    config, record = load_run_config(run), _record(run)
-    model = config.create_model(len(record["class_names"]))
-    optimizer = create_optimizer(config, steps_per_epoch=1)
-    mesh = create_mesh(jax.local_devices()[:1])
-    with Checkpoints(Path(run)) as checkpoints:
-        earlier = checkpoints.restore(abstract_state(model, optimizer, config, record["channels"], mesh)).state
+    if config.reopen:
+        found = _reopened(config, batch()["image"], jax.tree.leaves(variables)[0].sharding)
+    else:
+        found = _evaluated(Path(str(config.init_from)))
 
     def replace(fresh: jax.Array, found: jax.Array) -> jax.Array:
         if found.shape != fresh.shape:
             return fresh
         return jax.device_put(jax.device_get(found), fresh.sharding)
 
-    return jax.tree.map(replace, variables, earlier.eval_variables)
+    return jax.tree.map(replace, variables, found)
 
 
-def _record(run: str | Path) -> dict[str, Any]:
-    return json.loads((Path(run) / "dataset.json").read_text())
+def _evaluated(run: Path) -> dict[str, Any]:
+    """The variables of a run's newest checkpoint."""
+    config, record = TrainConfig.load(run / "config.json"), json.loads((run / "dataset.json").read_text())
+    model = config.create_model(len(record["class_names"]))
+    optimizer = create_optimizer(config, steps_per_epoch=1)
+    mesh = create_mesh(jax.local_devices()[:1])
+    with Checkpoints(run) as checkpoints:
+        state = checkpoints.restore(abstract_state(model, optimizer, config, record["channels"], mesh)).state
+    return state.eval_variables
 
 
-def _shapes(config: TrainConfig, channels: int) -> dict[str, tuple[int, ...]]:
+def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> dict[str, Any]:
+    model, variables, _, _ = load_deploy(str(config.init_from))
+
+    @partial(jax.jit, out_shardings=replicated)
+    def reopen(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+        key = jax.random.key(config.seed)
+        return reopen_model(model, variables, normalize(images, *config.normalization), key=key)[1]
+
+    return reopen(jax.device_get(variables), images)
+
+
+def _shapes(model: RepVGG, channels: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's arrays by name, but for its heads."""
-    images = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, channels), jnp.float32)
-    init = partial(config.create_model(num_classes=1).init, train=False)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0), images))
+    images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    )
     names = {tuple(entry.key for entry in path): leaf.shape for path, leaf in leaves}
     return {"/".join(name): shape for name, shape in names.items() if "head" not in name}

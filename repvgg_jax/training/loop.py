@@ -161,7 +161,9 @@ class _Run:
         if checkpoints.latest_step is None:
             state = create_state(*setting)
             if config.init_from is not None:
-                variables = start_from(config.init_from, state.variables)
+                beginning = iterator.get_state()
+                variables = start_from(config, state.variables, lambda: shard_batch(next(iterator), self.mesh))
+                iterator.set_state(beginning)
                 # A copy: the training step donates its state, and must not be given one array twice.
                 average = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
                 state = TrainState(state.step, **variables, opt_state=state.opt_state, ema=average)

@@ -18,7 +18,7 @@ from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.files import write_whole
-from repvgg_jax.training.initialization import load_run_config
+from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
@@ -35,8 +35,8 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
     """
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
     if config.mean is None and config.init_from is not None:
-        earlier = load_run_config(config.init_from)
-        config = dataclasses.replace(config, mean=earlier.mean, std=earlier.std)
+        origin = find_origin(config)
+        config = dataclasses.replace(config, mean=origin.mean, std=origin.std)
     if config.mean is None:
         mean, std = measure_normalization(dataset.train, image_size=config.image_size, channels=dataset.channels)
         config = dataclasses.replace(config, mean=mean, std=std)

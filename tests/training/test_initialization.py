@@ -23,14 +23,19 @@ def without_head(variables):
     return {**variables, "params": {name: leaf for name, leaf in variables["params"].items() if name != "head"}}
 
 
+def no_batch():
+    pytest.fail("a run is started from without images")
+
+
 def test_a_run_starts_from_the_weights_of_another_with_a_new_head_for_other_classes(tiny, finished):
     fresh = fresh_variables(dataclasses.replace(tiny, seed=1), 7)
-    variables = start_from(finished.workdir, fresh)
+    config = dataclasses.replace(tiny, init_from=str(finished.workdir))
+    variables = start_from(config, fresh, no_batch)
     chex.assert_trees_all_equal(without_head(variables), without_head(finished.state.variables))
     chex.assert_trees_all_equal(variables["params"]["head"], fresh["params"]["head"])
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(without_head(fresh), without_head(finished.state.variables))
-    same_classes = start_from(finished.workdir, fresh_variables(dataclasses.replace(tiny, seed=1), 10))
+    same_classes = start_from(config, fresh_variables(dataclasses.replace(tiny, seed=1), 10), no_batch)
     chex.assert_trees_all_equal(same_classes, finished.state.variables)
 
 
@@ -53,12 +58,31 @@ def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(
     )
 
 
+def test_a_deploy_form_is_reopened_if_asked_and_trained_on(tiny, finished, tmp_path):
+    file = finished.workdir / "deploy.safetensors"
+    config = dataclasses.replace(tiny, init_from=str(file), reopen=True, epochs=1, learning_rate=0.01, seed=1)
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert result.history[0]["train/loss"] < finished.history[0]["train/loss"]
+    assert result.comparison.agreement.predictions_changed == 0
+    for name, block in result.state.variables["params"].items():
+        if name != "head":
+            assert all(jnp.abs(norm["scale"]).max() > 0 for norm in norms(block)), name
+    saved = TrainConfig.load(result.workdir / "config.json")
+    assert saved.mean == TrainConfig.load(finished.workdir / "config.json").mean
+
+
+def norms(block):
+    return [branch.get("bn", branch) for name, branch in block.items() if name.startswith("branch")]
+
+
 def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, tmp_path):
     def start(init_from, **changes):
         train_and_evaluate(dataclasses.replace(tiny, init_from=str(init_from), **changes), tmp_path / "run")
 
     with pytest.raises(ValueError, match=r"deploy.safetensors, a deploy form: .*expected the run directory"):
         start(finished.workdir / "deploy.safetensors")
+    with pytest.raises(ValueError, match=r"expected a deploy\.safetensors, since reopen is given"):
+        start(finished.workdir, reopen=True)
     with pytest.raises(FileNotFoundError, match="expected a run directory that"):
         start(tmp_path)
     with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, depths"):

@@ -1,0 +1,88 @@
+"""From a model in its deploy form to one that can be trained on: three branches again, two of them silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from repvgg_jax.models.repvgg import RepVGG
+
+Tree = dict[str, Any]
+
+
+def reopen_model(
+    model: RepVGG, variables: Mapping[str, Any], images: jax.Array, *, key: jax.Array
+) -> tuple[RepVGG, Tree]:
+    """Turn a deploy form into a training form that computes the same.
+
+    What the branches were before they were fused is lost. Here the 3×3 branch gets the fused kernel, and a batch norm
+    that changes nothing: its statistics are those of `images`, its scale and bias undo them. It therefore stays the
+    same function both with running statistics and, on these images, with those of the batch. The other branches
+    begin with scale 0; training gives them their share. `fuse_model` leads back. Auxiliary heads are new.
+
+    Args:
+      model: in its deploy form.
+      variables: of that model, `{'params'}`.
+      images: `(batch, height, width, channels)`, normalised: a batch such as training will see.
+      key: of the kernels of the 1×1 branches, and of auxiliary heads.
+
+    Returns:
+      The model in its training form and its variables, `{'params', 'batch_stats'}`.
+
+    Raises:
+      ValueError: the model is in its training form.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from repvgg_jax import create_model, reopen_model
+      >>> model = create_model("repvgg_a0", num_classes=10, depths=(1, 1, 1, 1), deploy=True)
+      >>> images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+      >>> variables = model.init(jax.random.key(1), images, train=False)
+      >>> training_model, training_variables = reopen_model(model, variables, images, key=jax.random.key(2))
+      >>> sorted(training_variables)
+      ['batch_stats', 'params']
+    """
+    if not model.deploy:
+        raise ValueError("the model is in its training form: expected the deploy form, deploy=True")
+    training = model.clone(deploy=False)
+    fresh = training.init(key, images[:1], train=False)
+    _, captured = model.apply(
+        variables,
+        images,
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "reparam",
+        mutable=["intermediates"],
+    )
+    params, batch_stats = dict(fresh["params"]), dict(fresh["batch_stats"])
+    for name, node in variables["params"].items():
+        if "reparam" not in node:
+            params[name] = node
+            continue
+        (output,) = captured["intermediates"][name]["reparam"]["__call__"]
+        opened, batch_stats[name] = _open(params[name], batch_stats[name], node["reparam"], output, model.epsilon)
+        params[name] = {**node, **opened}
+        del params[name]["reparam"]
+    return training, {"params": params, "batch_stats": batch_stats}
+
+
+def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
+    """The branches of one block, and their statistics; `output` is what the fused convolution computes."""
+    dtype = fused["kernel"].dtype
+    output = output.astype(jnp.promote_types(dtype, jnp.float32))
+    mean, var = output.mean((0, 1, 2)) - fused["bias"], output.var((0, 1, 2))
+    branch = {
+        "conv": {"kernel": fused["kernel"]},
+        "bn": {"scale": jnp.sqrt(var + epsilon).astype(dtype), "bias": (fused["bias"] + mean).astype(dtype)},
+    }
+    pointwise = params["branch_1x1"]
+    opened = {
+        "branch_3x3": branch,
+        "branch_1x1": {**pointwise, "bn": {**pointwise["bn"], "scale": jnp.zeros_like(pointwise["bn"]["scale"])}},
+    }
+    if "branch_identity" in params:
+        norm = params["branch_identity"]
+        opened["branch_identity"] = {**norm, "scale": jnp.zeros_like(norm["scale"])}
+    return opened, {**batch_stats, "branch_3x3": {"bn": {"mean": mean.astype(dtype), "var": var.astype(dtype)}}}
