@@ -19,12 +19,12 @@ def deployed(name="repvgg_a0", dtype=np.float64):
 
 
 def compiled(model, train=False):
-    """The model's logits and, in training, without auxiliary ones; quickly compiled."""
+    """The model's logits and, in training, without auxiliary ones."""
     apply = partial(model.apply, train=train, mutable=["batch_stats"] if train else False)
-    quickly = jax.jit(apply, compiler_options={"xla_backend_optimization_level": 0})
 
+    @jax.jit
     def logits(variables, images):
-        output = quickly(variables, images)[0] if train else quickly(variables, images)
+        output = apply(variables, images)[0] if train else apply(variables, images)
         return output[0] if isinstance(output, tuple) else output
 
     return logits

@@ -21,9 +21,6 @@ ONE = ((1, 1), (1, 1))
 NONE = ((0, 0), (0, 0))
 
 
-quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def problem(input_shape, kernel_shape, window, seed=0):
     """Float32 x, kernel and dy; mean and scale away from 0 and 1, so that nothing cancels by luck."""
     random = np.random.default_rng(seed)
@@ -56,7 +53,7 @@ def truth(x, kernel, dy, window):
 
 
 def by_lowering(lowering, x, kernel, dy, window):
-    @quickly_compiled
+    @jax.jit
     def run(x, kernel, dy):
         return (
             lowering.forward(x, kernel, window),
@@ -68,7 +65,7 @@ def by_lowering(lowering, x, kernel, dy, window):
 
 
 def by_table(x, kernel, dy, window, **options):
-    @quickly_compiled
+    @jax.jit
     def run(x, kernel, dy):
         convolve = partial(
             conv_general_dilated,

@@ -12,9 +12,16 @@ import jax
 import numpy as np
 import pytest
 
+from repvgg_jax.training import TrainConfig
 from repvgg_jax.training.command import train_command
 from repvgg_jax.training.metrics import read_metrics
 from tests.training.test_killed import FLAGS, ROOT, final_state
+
+# The config of the fixture `tiny`, as flags.
+TINY = (
+    "--depths 1 2 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 2 --warmup-epochs 0 "
+    "--checkpoint-every 1"
+)
 
 
 def free_port():
@@ -23,28 +30,27 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(workdir, data_dir, cache, processes, epochs):
-    """The processes of one run; a single one has as many devices as the others have together."""
+def start_two(flags, workdir, data_dir, cache):
+    """Two processes of one run, with one device each."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={1 if processes > 1 else 2}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "train.py", *FLAGS.split(), "--epochs", str(epochs), "--data-dir", data_dir]
-    command += ["--workdir", str(workdir)]
-    cluster = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(processes)]
+    command = [sys.executable, "train.py", *flags.split(), "--data-dir", data_dir, "--workdir", str(workdir)]
+    command += ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
     return [
         subprocess.Popen(
-            [*command, *([*cluster, "--process-id", str(index)] if processes > 1 else [])],
+            [*command, "--process-id", str(index)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(processes)
+        for index in range(2)
     ]
 
 
@@ -54,24 +60,26 @@ def finish(processes):
     return outputs
 
 
-def test_two_processes_train_save_and_report_as_one_does(data_dir, tmp_path):
-    finish(start(tmp_path / "one", data_dir, tmp_path / "cache", 1, epochs=1))
-    first, second = finish(start(tmp_path / "two", data_dir, tmp_path / "cache", 2, epochs=1))
+def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny, finished, tmp_path):
+    first, second = finish(start_two(TINY, tmp_path / "two", tiny.data_dir, tmp_path / "cache"))
+    assert TrainConfig.load(tmp_path / "two" / "config.json") == TrainConfig.load(finished.workdir / "config.json")
     assert "2 × cpu in 2 processes" in first
     assert "predictions changed" in first
     assert "epoch" not in second
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert [line["step"] for line in two] == [line["step"] for line in one] == [22]
-    np.testing.assert_allclose(two[0]["train/loss"], one[0]["train/loss"], rtol=0.02)
+    two = read_metrics(tmp_path / "two")
+    assert [line["step"] for line in two] == [line["step"] for line in finished.history]
+    for name in ("train/loss", "test/loss"):
+        found, expected = ([line[name] for line in lines] for lines in (two, finished.history))
+        np.testing.assert_allclose(found, expected, rtol=0.02)
     (changed,) = re.findall(r"predictions changed +(\d+)", first)
     assert changed == "0"
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in finished.workdir.iterdir()}
 
 
 @pytest.mark.slow
 def test_two_processes_stopped_by_sigterm_resume_to_bit_identical_results(data_dir, tmp_path):
-    finish(start(tmp_path / "whole", data_dir, tmp_path / "cache", 2, epochs=40))
-    processes = start(tmp_path / "run", data_dir, tmp_path / "cache", 2, epochs=40)
+    finish(start_two(FLAGS, tmp_path / "whole", data_dir, tmp_path / "cache"))
+    processes = start_two(FLAGS, tmp_path / "run", data_dir, tmp_path / "cache")
     while "run directory" not in (line := processes[0].stdout.readline()) and line:
         pass
     time.sleep(1.5)
@@ -80,7 +88,7 @@ def test_two_processes_stopped_by_sigterm_resume_to_bit_identical_results(data_d
     assert [process.returncode for process in processes] == [143, 143], outputs
     (step,) = {int(step) for output in outputs for step in re.findall(r"stopped at step (\d+) of 880", output)}
     assert step < 880
-    finish(start(tmp_path / "run", data_dir, tmp_path / "cache", 2, epochs=40))
+    finish(start_two(FLAGS, tmp_path / "run", data_dir, tmp_path / "cache"))
     one, other = (final_state(tmp_path / name) for name in ("whole", "run"))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
 
