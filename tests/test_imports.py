@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"reparam", "ops"},
     "data": set(),
     "interop": {"reparam", "ops", "models", "version"},
-    "training": {"reparam", "ops", "models", "data", "interop"},
+    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
 

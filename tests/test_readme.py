@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from repvgg_jax import VARIANTS, create_model, summarize
+from repvgg_jax.predict import main as predict_command
 from repvgg_jax.training.command import fuse_command, train_command
 from tests.data.tiny_data import encode, noise, write_tfds
 
@@ -47,7 +48,7 @@ def commands():
 
 def test_every_shell_command_is_of_a_kind_that_is_tested_here():
     kinds = {tuple(command[:2]) for command in commands()}
-    assert kinds == {("pip", "install"), ("python", "train.py"), ("python", "fuse.py"), ("pytest",)}
+    assert kinds == {("pip", "install"), ("python", "train.py"), ("python", "fuse.py"), ("python", "-m"), ("pytest",)}
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c[:2] == ["python", "train.py"]], ids=" ".join)
@@ -77,6 +78,18 @@ def test_the_fuse_commands_run(command, workplace, capsys):
         assert train_command([*SHORT, "--workdir", str(run)]) == 0
     assert fuse_command(command[2:]) == 0
     assert "predictions changed" in capsys.readouterr().out
+
+
+def test_the_prediction_commands_run(workplace, capsys):
+    for command in [c for c in commands() if c[:2] == ["python", "-m"]]:
+        assert command[2] == "repvgg_jax.predict"
+        run = workplace / "RUN_DIR"
+        if not run.exists():
+            assert train_command([*SHORT, "--workdir", str(run)]) == 0
+        Path("IMAGE_OR_DIRECTORY").mkdir()
+        (Path("IMAGE_OR_DIRECTORY") / "digit.png").write_bytes(encode(noise(8, 8, 1)))
+        assert predict_command(command[3:]) == 0
+        assert "digit.png" in capsys.readouterr().out
 
 
 def test_the_install_commands_name_what_exists():

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import tyro
 
+from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import load_dataset
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.cluster import Cluster, is_primary
-from repvgg_jax.training.compilation_cache import keep_compiled_programs
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate

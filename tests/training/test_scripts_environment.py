@@ -8,7 +8,7 @@ from repvgg_jax.training.huge_pages import HUGE_PAGES, restart_with_huge_pages
 
 COMPILE = """
 import jax
-from repvgg_jax.training.compilation_cache import keep_compiled_programs
+from repvgg_jax.compilation_cache import keep_compiled_programs
 print(keep_compiled_programs())
 jax.jit(lambda x: x + 1)(0).block_until_ready()
 print("computed")

@@ -1,0 +1,124 @@
+"""`python -m repvgg_jax.predict` prints what the deploy form computes."""
+
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_jax import create_model, fuse_model
+from repvgg_jax.data import fit, read_image
+from repvgg_jax.interop.safetensors import Preprocess, load_deploy, save_deploy
+from repvgg_jax.predict import find_images, main, predict
+from tests.random_variables import random_variables
+
+NAMES = ("cat", "dog", "fish", "bird", "Frösche")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A deploy file, five images of several kinds and sizes, one file that is none."""
+    place = tmp_path_factory.mktemp("predict")
+    model = create_model(
+        "repvgg_a0", num_classes=5, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, strides=(1, 1, 2, 2, 1)
+    )
+    model, variables = fuse_model(model, random_variables(model, dtype=np.float32))
+    preprocess = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, NAMES)
+    save_deploy(place / "deploy.safetensors", "repvgg_a0", model, variables, preprocess)
+    random = np.random.default_rng(0)
+    (place / "images" / "more").mkdir(parents=True)
+    for name, size in [("a.png", (16, 16)), ("b.jpg", (40, 30)), ("c.JPEG", (25, 50)), ("more/d.png", (18, 18))]:
+        pixels = random.integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(place / "images" / name)
+    Image.fromarray(random.integers(0, 256, (20, 20), np.uint8)).save(place / "images" / "grey.png")
+    (place / "broken.jpg").write_bytes(b"not an image")
+    return place
+
+
+def expected(deployed, path):
+    """By the plain way: one image, `apply`, softmax."""
+    preprocess = deployed.preprocess
+    pixels = fit(read_image(path, 3), preprocess.image_size, preprocess.eval_resize)[None]
+    images = ((pixels / 255 - preprocess.mean) / preprocess.std).astype(np.float32)
+    probabilities = np.asarray(
+        jax.nn.softmax(deployed.model.apply(deployed.variables, jnp.asarray(images), train=False))
+    )
+    return sorted(zip(NAMES, probabilities[0].tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_predictions_are_those_of_the_deploy_form_whatever_the_batch(place, batch_size):
+    deployed = load_deploy(place / "deploy.safetensors")
+    paths = find_images([str(place / "images")])
+    assert len(paths) == 5
+    predictions = list(predict(deployed, paths, top=3, batch_size=batch_size))
+    assert [prediction.path for prediction in predictions] == paths
+    for prediction in predictions:
+        assert prediction.error is None
+        names, probabilities = zip(*expected(deployed, prediction.path)[:3], strict=True)
+        assert tuple(name for name, _ in prediction.classes) == names
+        np.testing.assert_allclose([p for _, p in prediction.classes], probabilities, rtol=1e-4)
+    assert len({prediction.classes for prediction in predictions}) == 5  # each image has its own
+
+
+def test_a_folder_a_file_and_a_list_on_standard_input_are_all_taken(place, monkeypatch, capsys):
+    images = place / "images"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{images / 'a.png'}\n\n{images / 'b.jpg'}\n"))
+    weights = str(place / "deploy.safetensors")
+    assert main([weights, str(images / "more"), "-", str(images / "c.JPEG"), "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if not line.startswith(" ")]
+    assert shown == [str(images / name) for name in ("more/d.png", "a.png", "b.jpg", "c.JPEG")]
+    assert len(lines) == 4 * 3
+    assert all("%  " in line for line in lines if line.startswith(" "))
+
+
+def test_an_image_that_cannot_be_read_does_not_stop_the_others(place, capsys):
+    weights, good = str(place / "deploy.safetensors"), str(place / "images" / "a.png")
+    bad = [str(place / "broken.jpg"), str(place / "absent.png")]
+    assert main([weights, *bad, good]) == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0] == good
+    assert len(output.out.splitlines()) == 6
+    assert "broken.jpg: cannot be decoded" in output.err
+    assert "absent.png" in output.err
+    assert main([weights, *bad, good, "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in line for line in lines] == [True, True, False]
+    assert sum(one["probability"] for one in lines[2]["classes"]) == pytest.approx(1, abs=1e-5)
+    assert {one["name"] for one in lines[2]["classes"]} == set(NAMES)
+
+
+def test_bad_input_is_refused_with_the_remedy(place, tmp_path, capsys):
+    good, image = str(place / "deploy.safetensors"), str(place / "images" / "a.png")
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes((place / "deploy.safetensors").read_bytes()[:-100])
+    for arguments, message in [
+        ([str(tmp_path / "absent.safetensors"), image], "absent.safetensors does not exist"),
+        ([str(truncated), image], "not a whole safetensors file"),
+        ([good, str(tmp_path)], "holds no image: expected files ending in .jpg"),
+        ([good, image, "--top", "0"], "top is 0: expected at least 1"),
+        ([good], "no image is named"),
+    ]:
+        assert main(arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command(place):
+    weights, image = str(place / "deploy.safetensors"), str(place / "images" / "a.png")
+    command = [sys.executable, "-m", "repvgg_jax.predict", weights, image]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0] == image
+
+
+def test_predicting_needs_neither_tensorflow_nor_grain_nor_orbax():
+    heavy = {"tensorflow", "tensorflow_datasets", "grain", "orbax"}
+    code = f"import sys, repvgg_jax.predict; print({heavy} & {{*sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
