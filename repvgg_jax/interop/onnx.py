@@ -1,0 +1,166 @@
+"""The deploy form as an ONNX graph: one Conv and one Relu per block, then pooling and one Gemm. Extra `[onnx]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from repvgg_jax.interop.safetensors import Preprocess
+from repvgg_jax.models import RepVGG
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as missing:
+    raise ImportError('ONNX files need the extra [onnx]: pip install "repvgg_jax[onnx]"') from missing
+
+# What ONNX Runtime 1.13 (2022) and everything since can read.
+OPSET, IR_VERSION = 17, 8
+
+
+def to_onnx(
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    layout: Literal["NCHW", "NHWC"] = "NCHW",
+    preprocess: Preprocess | None = None,
+) -> onnx.ModelProto:
+    """Build the ONNX graph of a deploy form, in float32, of opset 17.
+
+    Args:
+      model: in its deploy form.
+      variables: of that model, `{'params'}`.
+      batch_size: images in a batch; any number where not given.
+      image_size: side of the images; any size where not given.
+      layout: of the images. NHWC costs one Transpose.
+      preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
+        Otherwise images are normalised float32, and results logits.
+
+    Returns:
+      The model; `onnx.save` writes it. Its input is `images`, its output `logits` or `probabilities`, float32
+      `(batch, num_classes)`.
+
+    Raises:
+      ValueError: the model is in its training form.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from repvgg_jax import create_model
+      >>> from repvgg_jax.interop.onnx import to_onnx  # doctest: +SKIP
+      >>> model = create_model("repvgg_a0", num_classes=10, depths=(1, 1, 1, 1), deploy=True)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
+      >>> [node.op_type for node in to_onnx(model, variables).graph.node][:4]  # doctest: +SKIP
+      ['Conv', 'Relu', 'Conv', 'Relu']
+    """
+    if not model.deploy:
+        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    params = variables["params"]
+    graph = _Graph()
+    last = "images"
+    if preprocess is not None:
+        last = graph.add("Cast", [last], to=TensorProto.FLOAT)
+    if layout == "NHWC":
+        last = graph.add("Transpose", [last], perm=[0, 3, 1, 2])
+    if preprocess is not None:
+        mean, std = (np.asarray(value, np.float64)[:, None, None] for value in (preprocess.mean, preprocess.std))
+        last = graph.add("Mul", [last, graph.weight("scale", 1 / (255 * std))])
+        last = graph.add("Sub", [last, graph.weight("shift", mean / std)])
+    for name, stride, groups in _blocks(model):
+        last = _block(graph, last, name, params[name], stride, groups, model.squeeze_excite)
+    last = graph.add("GlobalAveragePool", [last])
+    last = graph.add("Flatten", [last])
+    head = params["head"]
+    weights = [graph.weight("head.kernel", head["kernel"]), graph.weight("head.bias", head["bias"])]
+    last = graph.add("Gemm", [last, *weights])
+    output = "logits"
+    if preprocess is not None:
+        output, last = "probabilities", graph.add("Softmax", [last], axis=-1)
+    graph.nodes[-1].output[0] = output
+    channels = params["stem"]["reparam"]["kernel"].shape[2]
+    sides: list[Any] = ["height", "width"] if image_size is None else [image_size, image_size]
+    batch: Any = "batch" if batch_size is None else batch_size
+    shape = [batch, channels, *sides] if layout == "NCHW" else [batch, *sides, channels]
+    dtype = TensorProto.FLOAT if preprocess is None else TensorProto.UINT8
+    built = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "repvgg",
+            [helper.make_tensor_value_info("images", dtype, shape)],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, model.num_classes])],
+            graph.weights,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="repvgg_jax",
+    )
+    if preprocess is not None:
+        helper.set_model_props(built, {"class_names": "\n".join(preprocess.class_names)})
+    onnx.checker.check_model(built)
+    return built
+
+
+class _Graph:
+    """Nodes and weights, in the order they were added."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+
+    def add(self, operator: str, inputs: list[str], **attributes: Any) -> str:
+        output = f"{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def weight(self, name: str, values: Any) -> str:
+        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
+        return name
+
+
+def _blocks(model: RepVGG) -> list[tuple[str, int, int]]:
+    """Names, strides and groups, in the order of computation."""
+    names, strides = ["stem"], [model.strides[0]]
+    for stage, depth in enumerate(model.depths, start=1):
+        names += [f"stage{stage}_block{number}" for number in range(1, depth + 1)]
+        strides += [model.strides[stage], *[1] * (depth - 1)]
+    groups = [model.groups if index and index % 2 == 0 else 1 for index in range(len(names))]
+    return list(zip(names, strides, groups, strict=True))
+
+
+def _block(
+    graph: _Graph, last: str, name: str, params: Any, stride: int, groups: int, squeeze_excite: str | None
+) -> str:
+    kernel = np.asarray(params["reparam"]["kernel"])
+    last = graph.add(
+        "Conv",
+        [
+            last,
+            graph.weight(f"{name}.kernel", kernel.transpose(3, 2, 0, 1)),
+            graph.weight(f"{name}.bias", params["reparam"]["bias"]),
+        ],
+        strides=[stride] * 2,
+        pads=[1] * 4,
+        group=groups,
+        kernel_shape=[3, 3],
+    )
+    if squeeze_excite == "before_relu":
+        last = _squeeze_excite(graph, last, name, params["se"])
+    last = graph.add("Relu", [last])
+    if squeeze_excite == "after_relu":
+        last = _squeeze_excite(graph, last, name, params["se"])
+    return last
+
+
+def _squeeze_excite(graph: _Graph, last: str, name: str, params: Any) -> str:
+    gate = graph.add("GlobalAveragePool", [last])
+    for layer, activation in (("down", "Relu"), ("up", "Sigmoid")):
+        kernel = np.asarray(params[layer]["kernel"]).T[:, :, None, None]
+        weights = [
+            graph.weight(f"{name}.{layer}.kernel", kernel),
+            graph.weight(f"{name}.{layer}.bias", params[layer]["bias"]),
+        ]
+        gate = graph.add(activation, [graph.add("Conv", [gate, *weights], kernel_shape=[1, 1])])
+    return graph.add("Mul", [last, gate])
