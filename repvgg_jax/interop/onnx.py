@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +103,27 @@ def to_onnx(
         helper.set_model_props(built, {"class_names": "\n".join(preprocess.class_names)})
     onnx.checker.check_model(built)
     return built
+
+
+def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Read a file with the graph of `to_onnx` into ONNX Runtime, on the CPU.
+
+    Returns:
+      A function from images to logits, or from pixels to probabilities, in the layout of the graph.
+
+    Raises:
+      ImportError: onnxruntime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as missing:
+        raise ImportError('ONNX Runtime needs the extra [onnx]: pip install "repvgg_jax[onnx]"') from missing
+    session = onnxruntime.InferenceSession(Path(path).read_bytes(), providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {"images": images})[0]
+
+    return run
 
 
 class _Graph:

@@ -19,6 +19,7 @@ from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.export import Format
 from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
@@ -51,6 +52,10 @@ class _FuseArguments:
     """Verify without writing anything."""
     data_dir: str | None = None
     """Where the data set lies now, if it has moved since training."""
+    export: tuple[Format, ...] = ()
+    """Formats to write the deploy form in besides, each proven in its own runtime: deploy.onnx, deploy.stablehlo."""
+    with_preprocess: bool = False
+    """The exported files take uint8 pixels (NHWC) and return probabilities."""
 
 
 def train_command(arguments: list[str]) -> int:
@@ -101,7 +106,13 @@ def fuse_command(arguments: list[str]) -> int:
     def run() -> None:
         parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
         _keep_compiled_programs()
-        fuse_run(parsed.run_dir, data_dir=parsed.data_dir, check_only=parsed.check_only)
+        fuse_run(
+            parsed.run_dir,
+            data_dir=parsed.data_dir,
+            check_only=parsed.check_only,
+            export=parsed.export,
+            with_preprocess=parsed.with_preprocess,
+        )
         if not parsed.check_only:
             print(f"\nweights: {parsed.run_dir / 'deploy.safetensors'}")
 
@@ -117,7 +128,7 @@ def _guard(run: Callable[[], None]) -> int:
         return _fail(str(error), status=_TERMINATED)
     except KeyboardInterrupt as error:
         return _fail(str(error) or "interrupted", status=_INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         system = isinstance(error, OSError) and error.errno is not None
         return _fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.export import Format, export_deploy
 from repvgg_jax.training.files import write_whole
 from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
@@ -140,21 +142,34 @@ def finish(
     return comparison
 
 
-def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = False) -> Comparison:
-    """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it.
+def fuse_run(
+    workdir: Path,
+    *,
+    data_dir: str | None = None,
+    check_only: bool = False,
+    export: Sequence[Format] = (),
+    with_preprocess: bool = False,
+) -> Comparison:
+    """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it, and export it.
 
     Args:
       workdir: a directory that `train.py` wrote.
       data_dir: where the data set lies now, if it has moved.
       check_only: verify without writing.
+      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
+      with_preprocess: of the exported files.
 
     Returns:
       The comparison.
 
     Raises:
       FileNotFoundError: the directory is not a run, or holds no checkpoint.
-      ValueError: the forms are not the same function, or the run cannot be read.
+      ValueError: the forms are not the same function, the run cannot be read, or an exported file computes something
+        else.
+      ImportError: the extra of a format is not installed.
     """
+    if export and check_only:
+        raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
     config = TrainConfig.load(workdir / "config.json")
@@ -170,4 +185,11 @@ def fuse_run(workdir: Path, *, data_dir: str | None = None, check_only: bool = F
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
-    return finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
+    comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
+    exported = export_deploy(workdir, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)
+    for path, found in exported.items():
+        print(
+            f"{path}: largest difference {found.relative:.1e} of the largest output, {found.predictions_changed} of "
+            f"{found.compared:,} predictions changed"
+        )
+    return comparison

@@ -1,0 +1,92 @@
+"""The deploy form as StableHLO, through `jax.export`: weights inside, for any platform. Extra `[stablehlo]`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from repvgg_jax.interop.safetensors import Preprocess
+from repvgg_jax.models import RepVGG
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_stablehlo(
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    preprocess: Preprocess | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
+    """Serialise a deploy form, in float32, weights included.
+
+    `jax.export.deserialize(data).call(images)` runs it, on any of the platforms, with jax alone.
+
+    Args:
+      model: in its deploy form.
+      variables: of that model, `{'params'}`.
+      batch_size: images in a batch; any number where not given.
+      image_size: side of the images; any height and width where not given.
+      preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
+        Otherwise images are normalised float32, and results logits.
+      platforms: of 'cpu', 'cuda', 'rocm', 'tpu'.
+
+    Returns:
+      What `jax.export.Exported.serialize` returns, as bytes. Images are `(batch, height, width, channels)`.
+
+    Raises:
+      ValueError: the model is in its training form.
+      ImportError: flatbuffers is missing.
+    """
+    if not model.deploy:
+        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    # The lowerings of `ops` suit one platform each; the plain convolution is what all of them know.
+    plain = model.clone(ops="xla", dtype=None)
+    constants = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(variables))
+
+    def forward(images: jax.Array) -> jax.Array:
+        if preprocess is None:
+            return plain.apply(constants, images, train=False)  # type: ignore[return-value]
+        mean, std = (jnp.asarray(value, jnp.float32) for value in (preprocess.mean, preprocess.std))
+        pixels = (images.astype(jnp.float32) / 255 - mean) / std
+        return jax.nn.softmax(plain.apply(constants, pixels, train=False))  # type: ignore[arg-type]
+
+    batch = "batch" if batch_size is None else str(batch_size)
+    sides = ("height, width") if image_size is None else f"{image_size}, {image_size}"
+    channels = constants["params"]["stem"]["reparam"]["kernel"].shape[2]
+    shape = export.symbolic_shape(f"{batch}, {sides}, {channels}")
+    dtype = jnp.float32 if preprocess is None else jnp.uint8
+    exported = export.export(jax.jit(forward), platforms=platforms)(jax.ShapeDtypeStruct(shape, dtype))
+    try:
+        return bytes(exported.serialize())
+    except ImportError as missing:
+        raise ImportError(
+            'StableHLO files need the extra [stablehlo]: pip install "repvgg_jax[stablehlo]"'
+        ) from missing
+
+
+def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
+    """Read a file with the bytes of `to_stablehlo`.
+
+    Returns:
+      A function from images to logits, or from pixels to probabilities; compiled once for each shape.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or no such file.
+    """
+    data = Path(path).read_bytes()
+    try:
+        exported = export.deserialize(bytearray(data))
+    except Exception as error:  # flatbuffers raises what it stumbles over
+        raise ValueError(f"{path} is not a whole file of to_stablehlo ({error!r}): write or copy it again") from None
+    return jax.jit(exported.call)
