@@ -75,7 +75,7 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 
 # python train.py cifar10_cpu --data-dir DIR
 # Two CPU cores, an hour and a half. A0's depths at half its width or less; the image is 16 pixels wide in stages 1
-# and 2, 8 in stage 3, 4 at the end.
+# and 2, 8 in stage 3, 4 at the end. On the copy in JPEG: 86.65 %, one seed, 95 minutes.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
