@@ -186,6 +186,8 @@ def fuse_run(
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
     comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
+    if not export:
+        return comparison
     exported = export_deploy(workdir, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)
     for path, found in exported.items():
         print(

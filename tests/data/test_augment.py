@@ -66,14 +66,15 @@ def test_flipping_twice_with_one_key_restores_the_images():
         lambda k, x: random_crop(k, x, padding=4),
         random_flip,
         lambda k, x: random_cutout(k, x, size=4),
-        lambda k, x: random_color_jitter(k, x, strength=0.4).round(2),
+        lambda k, x: random_color_jitter(k, x, strength=0.4),
     ],
     ids=["crop", "flip", "cutout", "color_jitter"],
 )
 def test_augmentation_depends_on_the_key_alone(augment):
     images = jnp.asarray(noise(32, 8, 8, 3))
     first, again = augment(jax.random.key(0), images), jax.jit(augment)(jax.random.key(0), images)
-    assert (first == again).all()
+    # Compiled as a whole, jitter rounds otherwise.
+    np.testing.assert_allclose(np.asarray(first, np.float32), np.asarray(again, np.float32), atol=1e-3)
     assert not (first == augment(jax.random.key(1), images)).all()
 
 
