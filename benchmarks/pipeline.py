@@ -55,7 +55,7 @@ def images_in_memory(count: int) -> Source:
 
 
 def jpeg_files(directory: Path, count: int) -> Source:
-    """JPEGs of 500×375 pixels at quality 90: smooth shapes with some noise, so that they weigh what photographs do."""
+    """JPEGs of 500×375 pixels at quality 90: smooth shapes with some noise."""
     random = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8))

@@ -16,7 +16,7 @@ try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as missing:
-    raise ImportError('ONNX files need the extra [onnx]: pip install "repvgg_jax[onnx]"') from missing
+    raise ImportError('ONNX files need the extra [onnx]: pip install -e ".[onnx]"') from missing
 
 # What ONNX Runtime 1.13 (2022) and everything since can read.
 OPSET, IR_VERSION = 17, 8
@@ -117,7 +117,7 @@ def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray
     try:
         import onnxruntime
     except ImportError as missing:
-        raise ImportError('ONNX Runtime needs the extra [onnx]: pip install "repvgg_jax[onnx]"') from missing
+        raise ImportError('ONNX Runtime needs the extra [onnx]: pip install -e ".[onnx]"') from missing
     session = onnxruntime.InferenceSession(Path(path).read_bytes(), providers=["CPUExecutionProvider"])
 
     def run(images: np.ndarray) -> np.ndarray:

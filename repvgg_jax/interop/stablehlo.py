@@ -69,9 +69,7 @@ def to_stablehlo(
     try:
         return bytes(exported.serialize())
     except ImportError as missing:
-        raise ImportError(
-            'StableHLO files need the extra [stablehlo]: pip install "repvgg_jax[stablehlo]"'
-        ) from missing
+        raise ImportError('StableHLO files need the extra [stablehlo]: pip install -e ".[stablehlo]"') from missing
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:

@@ -90,7 +90,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("frozen", ["stem", "stage3"])
+@pytest.mark.parametrize("frozen", ["stem", "stage3", "stage4"])
 def test_a_frozen_part_gets_no_gradient_keeps_its_statistics_and_uses_them(frozen):
     settings = dict(num_classes=4, depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625))
     whole = create_model("repvggplus_l2pse", **settings)
