@@ -36,6 +36,8 @@ class TrainConfig:
     """Run directory to start from (fine-tuning): its weights, and its mean and std where none are given."""
     reopen: bool = False
     """Start from a deploy.safetensors: its kernels in 3×3 branches with batch norms that change nothing."""
+    whiten_stem: bool = False
+    """Begin with a stem that decorrelates the pixels of a training batch: fewer epochs on small images."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
@@ -88,6 +90,10 @@ class TrainConfig:
     """Nesterov's momentum instead of the classical one."""
     weight_decay: float = 1e-4
     """L2 on kernels and identity-norm scales; biases and the scales of 3x3 and 1x1 norms are exempt."""
+    muon_learning_rate: float = 0.0
+    """Peak rate of Muon for convolution kernels, whatever the batch; SGD does the rest. 0: SGD does all."""
+    muon_weight_decay: float = 0.05
+    """Of those kernels, in place of weight_decay: a step shrinks them by this times the rate."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     grad_clip_norm: float = 0.0
@@ -114,6 +120,7 @@ class TrainConfig:
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
             cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1, accumulate_steps=1, grad_clip_norm=0,
+            muon_learning_rate=0, muon_weight_decay=0,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -132,6 +139,12 @@ class TrainConfig:
             "frozen",
             self.frozen,
             "init_from as well: without a run to start from, what is frozen would stay random",
+        )
+        _require(
+            not (self.whiten_stem and self.init_from),
+            "whiten_stem",
+            self.whiten_stem,
+            "False, since init_from gives the stem its weights",
         )
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")

@@ -1,4 +1,4 @@
-"""Fine-tuning: begin with the weights of an earlier run, or of a deploy form."""
+"""What training begins with: a whitened stem, the weights of an earlier run, or those of a deploy form."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.steps import abstract_state, create_mesh
+from repvgg_jax.training.whitening import whiten_stem
 
 
 class Origin(NamedTuple):
@@ -89,7 +90,7 @@ def require_same_network(config: TrainConfig, channels: int) -> None:
 def start_from(
     config: TrainConfig, variables: dict[str, Any], batch: Callable[[], dict[str, jax.Array]]
 ) -> dict[str, Any]:
-    """Replace freshly initialised variables by those that `config.init_from` names.
+    """Whiten the stem of freshly initialised variables, or replace them by those that `config.init_from` names.
 
     Taken from a run is what it evaluates, the moving average where it has one. Heads of another number of classes stay
     as they were initialised.
@@ -97,7 +98,7 @@ def start_from(
     Args:
       config: of the new run, `mean` and `std` filled in.
       variables: {'params', 'batch_stats'} of the training form, replicated over devices.
-      batch: gives a batch of training images, which a deploy form is reopened with.
+      batch: gives a batch of training images, to whiten or to reopen a deploy form with.
 
     Returns:
       Variables of the same shapes, dtypes and shardings.
@@ -105,6 +106,8 @@ def start_from(
     Raises:
       FileNotFoundError: there is no such run, or it holds no checkpoint.
     """
+    if config.whiten_stem:
+        return _whitened(config, variables, batch()["image"])
     if config.reopen:
         found = _reopened(config, batch()["image"], jax.tree.leaves(variables)[0].sharding)
     else:
@@ -116,6 +119,14 @@ def start_from(
         return jax.device_put(jax.device_get(found), fresh.sharding)
 
     return jax.tree.map(replace, variables, found)
+
+
+def _whitened(config: TrainConfig, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+    @partial(jax.jit, out_shardings=jax.tree.leaves(variables)[0].sharding)
+    def whiten(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+        return whiten_stem(variables, normalize(images, *config.normalization))
+
+    return whiten(variables, images)
 
 
 def _evaluated(run: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class _Run:
         epoch_metrics: EpochMetrics = []
         if checkpoints.latest_step is None:
             state = create_state(*setting)
-            if config.init_from is not None:
+            if config.init_from is not None or config.whiten_stem:
                 beginning = iterator.get_state()
                 variables = start_from(config, state.variables, lambda: shard_batch(next(iterator), self.mesh))
                 iterator.set_state(beginning)

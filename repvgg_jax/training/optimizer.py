@@ -1,4 +1,4 @@
-"""SGD with the learning-rate schedule and the weight-decay mask of the official implementation."""
+"""SGD with the learning-rate schedule and the weight-decay mask of the official implementation, or Muon besides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from repvgg_jax.models import PARTS
 from repvgg_jax.training.config import TrainConfig
@@ -61,11 +62,30 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
     Where the config clips, it clips the gradient of the loss alone: weight decay is added afterwards, so that its
     strength does not depend on how large the gradient was. In PyTorch, too, `clip_grad_norm_` comes before the
     optimizer adds its decay.
+
+    With `muon_learning_rate`, Muon takes the convolution kernels, as matrices of (patch, output channel): its steps are
+    orthogonal matrices, so that no direction of a kernel waits for the others (Jordan et al., 2024,
+    https://kellerjordan.github.io/posts/muon). Both follow the one schedule, each to its own peak.
     """
     schedule = learning_rate_schedule(config, steps_per_epoch)
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
-    return optax.chain(
-        *clip,
+    rest = optax.chain(
         optax.add_decayed_weights(config.weight_decay, mask=partial(weight_decay_mask, frozen=config.frozen)),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )
+    if not config.muon_learning_rate:
+        return optax.chain(*clip, rest)
+    factor = config.muon_learning_rate / config.peak_learning_rate
+    kernels = contrib.muon(
+        lambda step: factor * schedule(step),
+        beta=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.muon_weight_decay,
+        weight_decay_mask=partial(weight_decay_mask, frozen=config.frozen),
+        muon_weight_dimension_numbers=partial(jax.tree.map, lambda _: contrib.MuonDimensionNumbers((0, 1, 2), 3)),
+    )
+    return optax.chain(*clip, optax.partition({"muon": kernels, "sgd": rest}, _muon_or_sgd))
+
+
+def _muon_or_sgd(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 4 else "sgd", params)

@@ -74,19 +74,18 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 )
 
 # python train.py cifar10_cpu --data-dir DIR
-# Two CPU cores, an hour and a half. A0's depths at half its width or less; the image is 16 pixels wide in stages 1
-# and 2, 8 in stage 3, 4 at the end. On the copy in JPEG: 86.65 %, one seed, 95 minutes.
+# Two CPU cores, an hour and a half. A0's depths at half its width; Muon and a whitened stem make few epochs go far.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
     trivial_augment=False,
-    strides=(1, 2, 1, 2, 2),
-    width_multiplier=(0.5, 0.5, 0.375, 1.0),
-    cutout=0,
-    epochs=20,
+    width_multiplier=(0.375, 0.375, 0.375, 0.5),
+    whiten_stem=True,
+    epochs=17,
     batch_size=128,
     eval_batch_size=256,
-    warmup_epochs=3,
+    warmup_epochs=2,
+    muon_learning_rate=0.03,
     ema_decay=0.995,
 )
 

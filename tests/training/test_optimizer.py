@@ -82,3 +82,32 @@ def test_clipping_bounds_the_norm_of_the_gradient_and_leaves_weight_decay_whole(
     np.testing.assert_allclose(updates[1.0]["head"]["bias"], [-0.6 * clipped], rtol=1e-5)
     unclipped = np.allclose(updates[0.0]["head"]["kernel"], updates[1.0]["head"]["kernel"])
     assert unclipped == (scale < 1)
+
+
+def test_muon_moves_kernels_by_orthogonal_matrices_and_leaves_the_rest_to_sgd():
+    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+    muon = dataclasses.replace(config, muon_learning_rate=0.02, muon_weight_decay=0.5)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "stem": {"branch_3x3": {"conv": {"kernel": jax.random.normal(keys[0], (3, 3, 4, 6))}}},
+        "head": {"kernel": jax.random.normal(keys[1], (6, 5)), "bias": jnp.ones(5)},
+    }
+    gradients = jax.tree.map(lambda leaf: jax.random.normal(keys[2], leaf.shape), params)
+    # One direction of the gradient outweighs the rest a hundredfold.
+    gradients["stem"]["branch_3x3"]["conv"]["kernel"] += 100 * jax.random.normal(keys[3], (3, 3, 4, 1))
+    found = {}
+    for name, setting in (("sgd", config), ("muon", muon)):
+        optimizer = create_optimizer(setting, steps_per_epoch=1000)
+        found[name], _ = optimizer.update(gradients, optimizer.init(params), params)
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_allclose(found["muon"]["head"][leaf], found["sgd"]["head"][leaf], rtol=1e-6)
+    kernel, step = params["stem"]["branch_3x3"]["conv"]["kernel"], found["muon"]["stem"]["branch_3x3"]["conv"]["kernel"]
+    decayed = step + 0.02 * 0.5 * kernel
+    # Newton and Schulz's iteration leaves the singular values near 1, not at it.
+    sizes = np.linalg.svd(np.asarray(decayed).reshape(36, 6), compute_uv=False) / 0.02
+    assert sizes.min() > 0.5
+    assert sizes.max() < 1.5
+    plain = np.linalg.svd(
+        np.asarray(found["sgd"]["stem"]["branch_3x3"]["conv"]["kernel"]).reshape(36, 6), compute_uv=False
+    )
+    assert plain.max() / plain.min() > 20

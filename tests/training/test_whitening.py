@@ -1,0 +1,77 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.data import load_dataset, normalize
+from repvgg_jax.training import train_and_evaluate
+from repvgg_jax.training.whitening import whiten_stem
+
+
+def digits(data_dir, count, channels):
+    source = load_dataset("digits", data_dir=data_dir).train
+    images = np.stack(
+        [np.asarray(source[index]["image"]).reshape(*source[index]["image"].shape[:2], -1) for index in range(count)]
+    )
+    images = jnp.asarray(np.repeat(images[..., :1], channels, -1))
+    return normalize(images, (0.5,) * channels, (0.5,) * channels)
+
+
+def correlations(variables, images):
+    """Of the stem's 3×3 branch, where the kernel sees no padding."""
+    kernel = variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"]
+    y = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return np.corrcoef(np.asarray(y, np.float64).reshape(-1, y.shape[-1]).T)
+
+
+@pytest.fixture
+def setting(data_dir):
+    model = create_model(
+        "repvgg_a0", num_classes=10, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, strides=(1,) * 5
+    )
+    images = digits(data_dir, 64, 1)
+    return model.init(jax.random.key(0), images[:1], train=False), images
+
+
+def test_the_channels_of_a_whitened_stem_are_uncorrelated_or_opposite(setting):
+    variables, images = setting
+    after, before = correlations(whiten_stem(variables, images), images), correlations(variables, images)
+    half = 8
+    assert np.abs(after[:half, :half] - np.eye(half)).max() < 1e-3
+    np.testing.assert_allclose(np.diag(after[:half, half : 2 * half]), -1, atol=1e-6)
+    # The stem as it is initialised: negative control.
+    assert np.abs(before[:half, :half] - np.eye(half)).max() > 0.5
+
+
+def test_a_whitened_stem_differs_in_kernel_and_scale_alone_and_keeps_its_size(setting):
+    variables, images = setting
+    whitened = whiten_stem(variables, images)
+    different = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(variables), jax.tree.leaves(whitened), strict=True
+        )
+        if not np.array_equal(old, new)
+    ]
+    assert different == ["params/stem/branch_1x1/bn/scale", "params/stem/branch_3x3/conv/kernel"]
+    kernels = [tree["params"]["stem"]["branch_3x3"]["conv"]["kernel"] for tree in (variables, whitened)]
+    norms = [float(jnp.linalg.norm(kernel)) for kernel in kernels]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
+
+
+def test_a_run_begins_with_a_whitened_stem_and_the_same_data(tiny, tmp_path):
+    config = dataclasses.replace(tiny, whiten_stem=True, epochs=1, learning_rate=1e-12)
+    result = train_and_evaluate(config, tmp_path / "run")
+    # Nothing was learned, so the stem is as it began.
+    assert float(jnp.abs(result.state.params["stem"]["branch_1x1"]["bn"]["scale"]).max()) < 1e-6
+    assert result.comparison.agreement.predictions_changed == 0
+    plain = train_and_evaluate(dataclasses.replace(config, whiten_stem=False), tmp_path / "plain")
+    assert float(jnp.abs(plain.state.params["stem"]["branch_1x1"]["bn"]["scale"]).min()) > 0.99
+
+
+def test_a_stem_that_comes_with_weights_is_not_whitened(tiny):
+    with pytest.raises(ValueError, match="whiten_stem is True: expected False, since init_from"):
+        dataclasses.replace(tiny, whiten_stem=True, init_from="somewhere")
