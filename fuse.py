@@ -1,4 +1,4 @@
-"""Fuse a trained run, verify it on the test split, save it: `python fuse.py RUN_DIR [--check-only]`."""
+"""Fuse a trained run or a file of PyTorch weights, verify, save: `python fuse.py RUN_DIR`, `… a0.pth --variant …`."""
 
 import sys
 

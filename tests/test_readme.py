@@ -5,6 +5,8 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import huggingface_hub.constants
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
@@ -12,6 +14,8 @@ from repvgg_jax import VARIANTS, create_model, summarize
 from repvgg_jax.predict import main as predict_command
 from repvgg_jax.training.command import fuse_command, train_command
 from tests.data.tiny_data import encode, noise, write_tfds
+from tests.interop.hub_cache import write_hub_cache
+from tests.random_variables import random_variables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,10 +34,14 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "hub"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         yield place
 
 
 def test_the_python_blocks_run_in_order(workplace):
+    published = create_model("repvgg_a0")
+    write_hub_cache(workplace / "hub", published, random_variables(published, dtype=np.float32))
     namespace = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from repvgg_jax.interop.safetensors import Preprocess
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
 
 try:

@@ -16,31 +16,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG, create_model
 from repvgg_jax.version import VERSION
 
 _FORMAT = "repvgg_jax deploy 1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocess:
-    """How an image becomes the network's input, and what its outputs are called.
-
-    Attributes:
-      image_size: side length in pixels of the square input.
-      channels: 1 (gray) or 3 (RGB).
-      mean: channel means in [0, 1] units.
-      std: channel standard deviations in [0, 1] units.
-      eval_resize: the shorter side is resized to this before the centre crop; None resizes to `image_size`.
-      class_names: one name for each logit.
-    """
-
-    image_size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    eval_resize: int | None
-    class_names: tuple[str, ...]
 
 
 class Deployed(NamedTuple):

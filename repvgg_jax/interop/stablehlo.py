@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from repvgg_jax.interop.safetensors import Preprocess
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
 
 PLATFORMS = ("cpu", "cuda", "tpu")

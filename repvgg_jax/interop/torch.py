@@ -9,7 +9,7 @@ Layouts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -48,13 +48,29 @@ _LEAVES = {
 }
 
 
-def from_state_dict(model: RepVGG, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+# timm prefers the average, too, where a checkpoint holds both.
+_NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Of DataParallel and of torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def from_state_dict(
+    model: RepVGG,
+    state_dict: Mapping[str, Any],
+    *,
+    head: Literal["load", "reinit"] = "load",
+    key: jax.Array | None = None,
+) -> dict[str, Any]:
     """Turn a PyTorch state dict into variables of a model.
 
     Args:
-      model: in the form the state dict is of; its `num_classes` must be the state dict's.
-      state_dict: arrays or torch tensors by key, official or timm layout (recognised by its keys). A `module.`
-        prefix is stripped, `num_batches_tracked` ignored.
+      model: in the form the state dict is of; its `num_classes` must be the state dict's, unless `head` is "reinit".
+      state_dict: arrays or torch tensors by key, official or timm layout (recognised by its keys), or a checkpoint
+        that holds them under 'state_dict_ema', 'model_ema', 'state_dict' or 'model', the first there is. Prefixes
+        `module.` (DataParallel) and `_orig_mod.` (torch.compile) are stripped, `num_batches_tracked` ignored.
+      head: "reinit" initialises the classifiers anew, whatever the state dict holds of them: to fine-tune on other
+        classes.
+      key: random key for "reinit"; `jax.random.key(0)` where not given.
 
     Returns:
       `{'params', 'batch_stats'}` (deploy form: `{'params'}`) in the model's `param_dtype`, to the bit where the
@@ -63,38 +79,73 @@ def from_state_dict(model: RepVGG, state_dict: Mapping[str, Any]) -> dict[str, A
     Raises:
       ValueError: missing, unexpected or mis-shaped keys, all named in one message.
     """
-    found = {}
-    for key, value in state_dict.items():
-        key = key.removeprefix("module.")
-        if not key.endswith("num_batches_tracked"):
-            found[key] = value
-    layout: Layout = "timm" if any(key.startswith("stem.") for key in found) else "official"
+    found = tensors_by_key(state_dict)
+    layout = find_layout(found)
     stems = [np.shape(found[key]) for key in _stem_keys(model, layout) if key in found]
     template = _template(model, in_channels=next((shape[1] for shape in stems if len(shape) == 4), 3))
     problems, leaves = [], []
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    expected = set()
+    expected, only_heads = set(), True
+    fresh = _fresh_heads(model, template, jax.random.key(0) if key is None else key) if head == "reinit" else {}
     for path, leaf in paths:
         names = tuple(entry.key for entry in path)
-        key = torch_key(model, names, layout)
-        expected.add(key)
-        if key not in found:
-            problems.append(f"missing {key} {_torch_shape(names, leaf.shape)}")
+        name, shape = torch_key(model, names, layout), _torch_shape(names, leaf.shape)
+        expected.add(name)
+        if names in fresh:
+            leaves.append(fresh[names])
             continue
-        value = _to_numpy(found[key])
-        if value.shape != _torch_shape(names, leaf.shape):
-            problems.append(f"{key} has shape {value.shape}, expected {_torch_shape(names, leaf.shape)}")
+        value = _to_numpy(found[name]) if name in found else None
+        if value is None or value.shape != shape:
+            problems.append(
+                f"missing {name} {shape}" if value is None else f"{name} has shape {value.shape}, expected {shape}"
+            )
+            only_heads &= _is_head(names)
             continue
         leaves.append(jnp.asarray(_from_torch_layout(names, value), dtype=leaf.dtype))
-    problems += [f"unexpected {key} {tuple(np.shape(found[key]))}" for key in found if key not in expected]
-    if problems:
+    unexpected = [f"unexpected {name} {tuple(np.shape(found[name]))}" for name in found if name not in expected]
+    if problems or unexpected:
         form = "deploy" if model.deploy else "training"
+        remedy = "check the variant, strides, num_classes and deploy"
+        if only_heads and not unexpected:
+            remedy = "the rest does: give its num_classes, or head='reinit' to initialise classifiers for yours"
         raise ValueError(
             f"the state dict ({layout} layout) does not fit this model ({form} form, {model.num_classes} classes, "
-            f"depths {model.depths}, widths {model.widths}); check the variant, num_classes and deploy:\n  "
-            + "\n  ".join(problems)
+            f"depths {model.depths}, widths {model.widths}); {remedy}:\n  " + "\n  ".join(problems + unexpected)
         )
     return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def tensors_by_key(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict or of a checkpoint around one, under the keys of an undisguised module.
+
+    Args:
+      state_dict: as for `from_state_dict`.
+
+    Returns:
+      Its values by key, without prefixes and `num_batches_tracked`.
+
+    Raises:
+      ValueError: a value is no tensor.
+    """
+    while nested := [name for name in _NESTINGS if isinstance(state_dict.get(name), Mapping)]:
+        state_dict = state_dict[nested[0]]
+    found = {}
+    for key, value in state_dict.items():
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"{key!r} is a {type(value).__name__}, expected a tensor: pass a state dict, or a checkpoint that "
+                f"holds one under {', '.join(map(repr, _NESTINGS))}"
+            )
+        while prefixes := [prefix for prefix in _PREFIXES if key.startswith(prefix)]:
+            key = key.removeprefix(prefixes[0])
+        if not key.endswith("num_batches_tracked"):
+            found[key] = value
+    return found
+
+
+def find_layout(keys: Iterable[str]) -> Layout:
+    """Whose names these are: the official repository's, or timm's."""
+    return "timm" if any(key.startswith("stem.") for key in keys) else "official"
 
 
 def to_state_dict(model: RepVGG, variables: Mapping[str, Any], layout: Layout = "official") -> dict[str, np.ndarray]:
@@ -196,6 +247,21 @@ def _template(model: RepVGG, in_channels: int) -> Any:
     images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), model.param_dtype)
     init: Callable[..., Any] = lambda key, x: model.init(key, x, train=False)  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0), images)
+
+
+def _is_head(names: tuple[str, ...]) -> bool:
+    return names[-2] == "head"
+
+
+def _fresh_heads(model: RepVGG, template: Any, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    """The classifiers, initialised; jit leaves out the rest of the network."""
+    stems = [leaf.shape for path, leaf in _by_path(template).items() if path in _STEMS]
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        variables = model.init(key, jnp.zeros((1, 32, 32, stems[0][2]), model.param_dtype), train=False)
+        return {"/".join(path): leaf for path, leaf in _by_path(variables).items() if _is_head(path)}
+
+    return {tuple(name.split("/")): leaf for name, leaf in jax.jit(init)(key).items()}
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -15,11 +15,13 @@ import tyro
 
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import load_dataset
+from repvgg_jax.interop.fuse_weights import fuse_weights
+from repvgg_jax.interop.weights_file import SUFFIXES
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format
+from repvgg_jax.training.export import Format, describe, export_deploy
 from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
@@ -30,7 +32,8 @@ _USAGE_ERROR = 2
 _TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _FUSE_DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
-    "deploy.safetensors. Exits with 1 where they are not."
+    "deploy.safetensors. Or fuse weights of the official PyTorch implementation or timm, and verify on images of "
+    "noise. Exits with 1 where the forms differ."
 )
 
 
@@ -46,16 +49,26 @@ class _TrainArguments:
 
 @dataclasses.dataclass(frozen=True)
 class _FuseArguments:
-    run_dir: tyro.conf.Positional[Path]
-    """Directory that train.py wrote."""
+    source: tyro.conf.Positional[Path]
+    """Run directory that train.py wrote, or a file of PyTorch weights: .safetensors, .pth, .pt, .bin, .tar."""
     check_only: bool = False
     """Verify without writing anything."""
-    data_dir: str | None = None
-    """Where the data set lies now, if it has moved since training."""
     export: tuple[Format, ...] = ()
     """Formats to write the deploy form in besides, each proven in its own runtime: deploy.onnx, deploy.stablehlo."""
     with_preprocess: bool = False
     """The exported files take uint8 pixels (NHWC) and return probabilities."""
+    data_dir: str | None = None
+    """Of a run: where the data set lies now, if it has moved since training."""
+    variant: str | None = None
+    """Of weights: the published network they are of, e.g. repvgg_a0."""
+    output: Path | None = None
+    """Of weights: the file to write; NAME.deploy.safetensors beside NAME.pth where not given."""
+    class_names: Path | None = None
+    """Of weights: a text file with one class name a line, in the order of the logits."""
+    image_size: int = 224
+    """Of weights: side length of the images the network is for, in pixels."""
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    """Of weights: strides of the stem and of stage 1 to 4."""
 
 
 def train_command(arguments: list[str]) -> int:
@@ -105,18 +118,61 @@ def fuse_command(arguments: list[str]) -> int:
 
     def run() -> None:
         parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
+        weights = parsed.source.is_file() or parsed.source.suffix in SUFFIXES
+        _require_fitting(parsed, weights)
         _keep_compiled_programs()
+        if weights:
+            _fuse_weights(parsed)
+            return
         fuse_run(
-            parsed.run_dir,
+            parsed.source,
             data_dir=parsed.data_dir,
             check_only=parsed.check_only,
             export=parsed.export,
             with_preprocess=parsed.with_preprocess,
         )
         if not parsed.check_only:
-            print(f"\nweights: {parsed.run_dir / 'deploy.safetensors'}")
+            print(f"\nweights: {parsed.source / 'deploy.safetensors'}")
 
     return _guard(run)
+
+
+def _require_fitting(parsed: _FuseArguments, weights: bool) -> None:
+    """See that the arguments go together, and that none is given which says nothing about such a source."""
+    if parsed.export and parsed.check_only:
+        raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
+    if weights and parsed.variant is None:
+        raise ValueError(f"variant is None: expected that of {parsed.source}, e.g. --variant repvgg_a0")
+    others = ("data_dir",) if weights else ("variant", "output", "class_names", "image_size", "strides")
+    defaults = _FuseArguments(parsed.source)
+    given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
+    if given:
+        found, other = ("a file", "a run directory") if weights else ("no file of weights", "one")
+        raise ValueError(f"{parsed.source} is {found}: expected {', '.join(given)} with {other} alone")
+
+
+def _fuse_weights(parsed: _FuseArguments) -> None:
+    output = parsed.output or parsed.source.with_suffix(".deploy.safetensors")
+    found = fuse_weights(
+        parsed.source,
+        str(parsed.variant),
+        None if parsed.check_only else output,
+        class_names=parsed.class_names.read_text().splitlines() if parsed.class_names else None,
+        image_size=parsed.image_size,
+        strides=parsed.strides,
+    )
+    if found is None:
+        print(f"{parsed.source} is of a deploy form: there is nothing to fuse")
+    else:
+        print(
+            f"the two forms agree on {found.compared} images of noise: in float64, and in float32 to "
+            f"{found.relative:.1e} of the largest logit, {found.predictions_changed} predictions changed"
+        )
+    if parsed.check_only:
+        return
+    if parsed.export:
+        print(describe(export_deploy(output, parsed.export, with_preprocess=parsed.with_preprocess)))
+    print(f"\nweights: {output}")
 
 
 def _guard(run: Callable[[], None]) -> int:

@@ -1,8 +1,9 @@
-"""Export a run's deploy form, and prove what was written in its own runtime, on the run's test images."""
+"""Export a `deploy.safetensors`, and prove what was written in its own runtime, on images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +22,21 @@ TOLERANCE = 1e-4
 
 
 def export_deploy(
-    workdir: Path, formats: Sequence[Format], batches: Callable[[], Iterable[Batch]], *, with_preprocess: bool = False
+    path: Path,
+    formats: Sequence[Format],
+    batches: Callable[[], Iterable[Batch]] | None = None,
+    *,
+    with_preprocess: bool = False,
 ) -> dict[Path, Agreement]:
-    """Write `deploy.onnx` and `deploy.stablehlo` beside a `deploy.safetensors`.
+    """Write `NAME.onnx` and `NAME.stablehlo` beside a `NAME.safetensors`.
 
     Each file is read back and run on every image, and removed where it does not compute what the deploy form computes.
 
     Args:
-      workdir: the run directory.
+      path: of the deploy form.
       formats: of the files.
-      batches: makes a fresh pass over real images, uint8 `(batch, height, width, channels)`.
+      batches: makes a fresh pass over real images, uint8 `(batch, height, width, channels)`; eight images of noise
+        where not given.
       with_preprocess: the files take uint8 pixels and return probabilities, instead of normalised images and logits.
 
     Returns:
@@ -40,25 +46,41 @@ def export_deploy(
       EquivalenceError: a file computes something else; it is removed.
       ImportError: the extra of a format is not installed.
     """
-    deployed = load_deploy(workdir / "deploy.safetensors")
+    deployed = load_deploy(path)
+    images = partial(_noise, deployed) if batches is None else batches
     found: dict[Path, Agreement] = {}
     for name in formats:
-        path = workdir / f"deploy.{name}"
-        partial = path.with_name(path.name + ".partial")
+        exported = path.with_suffix(f".{name}")
+        unproven = exported.with_name(exported.name + ".partial")
         try:
-            run = _WRITERS[name](partial, deployed, with_preprocess)
-            found[path] = _compare(run, deployed, batches(), with_preprocess)
-            if not found[path].relative <= TOLERANCE:
+            run = _WRITERS[name](unproven, deployed, with_preprocess)
+            found[exported] = _compare(run, deployed, images(), with_preprocess)
+            if not found[exported].relative <= TOLERANCE:
                 raise EquivalenceError(
-                    f"{path} was not written: in its runtime it computes something else, largest difference "
-                    f"{found[path].relative:.3g} of the largest output (allowed {TOLERANCE:.0e}), "
-                    f"{found[path].predictions_changed} of {found[path].compared} predictions changed; another version "
-                    "of the runtime may do better"
+                    f"{exported} was not written: in its runtime it computes something else, largest difference "
+                    f"{found[exported].relative:.3g} of the largest output (allowed {TOLERANCE:.0e}), "
+                    f"{found[exported].predictions_changed} of {found[exported].compared} predictions changed; another "
+                    "version of the runtime may do better"
                 )
-            partial.replace(path)
+            unproven.replace(exported)
         finally:
-            partial.unlink(missing_ok=True)
+            unproven.unlink(missing_ok=True)
     return found
+
+
+def describe(exported: Mapping[Path, Agreement]) -> str:
+    """What `export_deploy` found, a line for each file."""
+    return "\n".join(
+        f"{path}: largest difference {found.relative:.1e} of the largest output, {found.predictions_changed} of "
+        f"{found.compared:,} predictions changed"
+        for path, found in exported.items()
+    )
+
+
+def _noise(deployed: Deployed) -> list[Batch]:
+    preprocess = deployed.preprocess
+    shape = (8, preprocess.image_size, preprocess.image_size, preprocess.channels)
+    return [{"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8), "mask": np.ones(8, bool)}]
 
 
 def _write_onnx(path: Path, deployed: Deployed, with_preprocess: bool) -> Callable[[np.ndarray], np.ndarray]:

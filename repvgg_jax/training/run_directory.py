@@ -12,13 +12,14 @@ import jax
 from jax.sharding import Mesh
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
-from repvgg_jax.interop.safetensors import Preprocess, save_deploy
+from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format, export_deploy
+from repvgg_jax.training.export import Format, describe, export_deploy
 from repvgg_jax.training.files import write_whole
 from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
@@ -156,7 +157,8 @@ def fuse_run(
       workdir: a directory that `train.py` wrote.
       data_dir: where the data set lies now, if it has moved.
       check_only: verify without writing.
-      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
+      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`. None with
+        `check_only`.
       with_preprocess: of the exported files.
 
     Returns:
@@ -168,8 +170,6 @@ def fuse_run(
         else.
       ImportError: the extra of a format is not installed.
     """
-    if export and check_only:
-        raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
     config = TrainConfig.load(workdir / "config.json")
@@ -186,12 +186,9 @@ def fuse_run(
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
     comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
-    if not export:
+    if not export or check_only:
         return comparison
-    exported = export_deploy(workdir, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)
-    for path, found in exported.items():
-        print(
-            f"{path}: largest difference {found.relative:.1e} of the largest output, {found.predictions_changed} of "
-            f"{found.compared:,} predictions changed"
-        )
+    path = workdir / "deploy.safetensors"
+    exported = export_deploy(path, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)
+    print(describe(exported))
     return comparison

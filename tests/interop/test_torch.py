@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,7 +148,7 @@ def test_every_missing_unexpected_and_misshaped_key_is_named_in_one_error():
     assert "missing stage2.1.rbr_identity.weight (32,)" in message
     assert "unexpected stage9.weight (3,)" in message
     assert "linear.weight has shape (1000, 128), expected (5, 128)" in message
-    assert "check the variant, num_classes and deploy" in message
+    assert "check the variant, strides, num_classes and deploy" in message
 
 
 def test_a_fused_state_dict_for_a_training_form_is_refused():
@@ -186,3 +187,65 @@ def test_a_kernel_of_another_rank_is_named():
     state_dict["stage0.rbr_dense.conv.weight"] = np.ones(4)
     with pytest.raises(ValueError, match=r"stage0.rbr_dense.conv.weight has shape \(4,\), expected \(16, 3, 3, 3\)"):
         from_state_dict(model, state_dict)
+
+
+@pytest.mark.parametrize("nesting", ["state_dict", "model", "model_ema", "state_dict_ema"])
+def test_a_checkpoint_gives_up_the_state_dict_inside_it(nesting):
+    model = small()
+    variables = random_variables(model, dtype=np.float32)
+    inside = {f"module._orig_mod.{key}": value for key, value in to_state_dict(model, variables).items()}
+    for checkpoint in ({nesting: inside, "epoch": 3}, {"model": {nesting: inside}}):
+        back = from_state_dict(model, checkpoint)
+        chex.assert_trees_all_equal(back, variables)
+
+
+def test_of_a_checkpoint_with_an_average_the_average_is_read():
+    model = small()
+    variables = [random_variables(model, dtype=np.float32, seed=seed) for seed in (0, 1)]
+    plain, average = (to_state_dict(model, each) for each in variables)
+    back = from_state_dict(model, {"state_dict": plain, "state_dict_ema": average})
+    chex.assert_trees_all_equal(back, variables[1])
+
+
+def test_a_checkpoint_without_a_state_dict_is_refused_by_what_it_holds():
+    with pytest.raises(ValueError, match=r"'epoch' is a int, expected a tensor.*'state_dict'"):
+        from_state_dict(small(), {"epoch": 3, "weights": {}})
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvggplus_l2pse"])
+def test_a_classifier_of_another_size_is_refused_or_initialised_anew(name):
+    pretrained = small(name)
+    variables = random_variables(pretrained, dtype=np.float32)
+    state_dict = to_state_dict(pretrained, variables)
+    model = pretrained.clone(num_classes=7)
+    with pytest.raises(ValueError, match=r"(?s)the rest does: .*head='reinit'.*linear.weight has shape \(5, \d+\)"):
+        from_state_dict(model, state_dict)
+    first, again, other = (
+        from_state_dict(model, state_dict, head="reinit", key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    heads = {path for path in by_path(first) if path[-2] == "head"}
+    assert len(heads) == (8 if name == "repvggplus_l2pse" else 2)
+    for path, leaf in by_path(first).items():
+        if path in heads:
+            assert leaf.shape[-1] == 7
+            if path[-1] == "kernel":
+                assert not np.array_equal(leaf, by_path(other)[path])
+                assert 0.5 < float(jnp.std(leaf)) * np.sqrt(3 * leaf.shape[0]) < 1.5
+        else:
+            np.testing.assert_array_equal(leaf, by_path(variables)[path])
+    chex.assert_trees_all_equal(first, again)
+    del state_dict["linear.weight"], state_dict["linear.bias"]
+    assert from_state_dict(model, state_dict, head="reinit")["params"]["head"]["bias"].shape == (7,)
+
+
+def test_another_network_is_not_excused_by_its_classifier():
+    model = small()
+    state_dict = to_state_dict(model, random_variables(model, dtype=np.float32))
+    state_dict["linear.weight"] = np.ones((1000, 128))
+    del state_dict["stage0.rbr_dense.conv.weight"]
+    with pytest.raises(ValueError, match="check the variant"):
+        from_state_dict(model, state_dict)
+
+
+def by_path(tree):
+    return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,88 @@
+"""Weights that PyTorch code trained, fused into a `deploy.safetensors` and proven."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repvgg_jax.interop.preprocess import imagenet_preprocess
+from repvgg_jax.interop.safetensors import save_deploy
+from repvgg_jax.interop.weights_file import Weights, load_weights
+from repvgg_jax.models import RepVGG, fuse_model
+from repvgg_jax.models.variants import canonical_name
+from repvgg_jax.reparam import Agreement, assert_equivalent
+
+_IMAGES = 8
+# The fold is proven in float64, where nothing but a mistake is this large; float32 only rounds.
+_FLOAT64_TOLERANCE, _FLOAT32_TOLERANCE = 1e-9, 1e-4
+
+
+def fuse_weights(
+    path: str | os.PathLike[str],
+    variant: str,
+    output: str | os.PathLike[str] | None,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int = 224,
+    strides: Sequence[int] = (2, 2, 2, 2, 2),
+) -> Agreement | None:
+    """Fuse a file of PyTorch weights and save the deploy form.
+
+    There are no test images to verify on, so both forms see images of noise: in float64, where they must agree to
+    1e-9 of the largest logit, and in float32, to 1e-4.
+
+    Args:
+      path: of weights in either form; see `load_weights`. Those of a deploy form are saved as they are.
+      variant: the published network they are of.
+      output: the file to write; None verifies alone.
+      class_names: one for each logit; 'class 0', … where not given.
+      image_size: side length in pixels of the images the network is for; normalised as for ImageNet.
+      strides: of the stem and of stage 1 to 4.
+
+    Returns:
+      How the logits of both forms compare in float32; None where the weights are of a deploy form already.
+
+    Raises:
+      EquivalenceError: the forms are not the same function; nothing is written.
+      FileNotFoundError, ValueError, ImportError: as `load_weights`; or there are not as many names as classes.
+    """
+    variant = canonical_name(variant)
+    loaded = load_weights(path, variant, strides=strides)
+    names = [f"class {index}" for index in range(loaded.model.num_classes)] if class_names is None else class_names
+    if len(names) != loaded.model.num_classes:
+        raise ValueError(f"there are {len(names)} class names: expected {loaded.model.num_classes}, one for each logit")
+    fused, found = loaded, None
+    if not loaded.model.deploy:
+        fused = Weights(*fuse_model(*loaded))
+        found = _prove(loaded, image_size)
+    if output is not None:
+        save_deploy(
+            Path(output), variant, fused.model, fused.variables, imagenet_preprocess(names, image_size=image_size)
+        )
+    return found
+
+
+def _prove(loaded: Weights, image_size: int) -> Agreement:
+    channels = loaded.variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
+    noise = np.random.default_rng(0).normal(size=(_IMAGES, image_size, image_size, channels))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), loaded.variables)
+        forms = (loaded.model.clone(param_dtype=jnp.float64), wide)
+        # Two small images: float64 is slow, and what is wrong with a kernel is wrong everywhere.
+        small = jnp.asarray(noise[:2, : min(image_size, 64), : min(image_size, 64)])
+        assert_equivalent(_logits(*forms, small), _logits(*fuse_model(*forms), small), rtol=_FLOAT64_TOLERANCE)
+    images = jnp.asarray(noise, jnp.float32)
+    with jax.default_matmul_precision("float32"):
+        return assert_equivalent(
+            _logits(*loaded, images), _logits(*fuse_model(*loaded), images), rtol=_FLOAT32_TOLERANCE
+        )
+
+
+def _logits(model: RepVGG, variables: Any, images: jax.Array) -> np.ndarray:
+    return np.asarray(jax.jit(lambda variables, images: model.apply(variables, images, train=False))(variables, images))

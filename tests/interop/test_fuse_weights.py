@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from repvgg_jax import create_model, fuse_model
+from repvgg_jax.interop import fuse_weights as module
+from repvgg_jax.interop.fuse_weights import fuse_weights
+from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.interop.torch import to_state_dict
+from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.training.command import fuse_command
+from tests.random_variables import random_images, random_variables
+
+
+@pytest.fixture(scope="module")
+def published():
+    model = create_model("repvgg_a0", num_classes=10)
+    return model, random_variables(model, dtype=np.float32)
+
+
+@pytest.fixture
+def weights(published, tmp_path):
+    safetensors.numpy.save_file(to_state_dict(*published, "timm"), tmp_path / "a0.safetensors")
+    return tmp_path / "a0.safetensors"
+
+
+def test_foreign_weights_are_fused_saved_and_predict_the_same(published, weights, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("\n".join(f"kind {index}" for index in range(10)) + "\n")
+    arguments = [str(weights), "--variant", "RepVGG-A0", "--image-size", "32"]
+    assert fuse_command([*arguments, "--class-names", str(tmp_path / "names.txt")]) == 0
+    output = tmp_path / "a0.deploy.safetensors"
+    printed = capsys.readouterr().out
+    assert "the two forms agree on 8 images of noise" in printed
+    assert "0 predictions changed" in printed
+    assert f"weights: {output}" in printed
+    model, variables, preprocess, _ = load_deploy(output)
+    assert preprocess.class_names[3] == "kind 3"
+    assert (preprocess.image_size, preprocess.eval_resize, preprocess.mean) == (32, 37, (0.485, 0.456, 0.406))
+    images = random_images((2, 32, 32, 3), np.float32)
+    expected = published[0].apply(published[1], images, train=False)
+    found = model.apply(variables, images, train=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_weights_of_a_deploy_form_are_saved_as_they_are(published, tmp_path, capsys):
+    model, variables = fuse_model(*published)
+    safetensors.numpy.save_file(to_state_dict(model, variables), tmp_path / "fused.safetensors")
+    output = tmp_path / "out.safetensors"
+    assert fuse_command([str(tmp_path / "fused.safetensors"), "--variant", "repvgg_a0", "--output", str(output)]) == 0
+    assert "there is nothing to fuse" in capsys.readouterr().out
+    kernel = load_deploy(output).variables["params"]["stem"]["reparam"]["kernel"]
+    np.testing.assert_array_equal(kernel, variables["params"]["stem"]["reparam"]["kernel"])
+
+
+def test_checking_alone_writes_nothing(weights, tmp_path):
+    assert fuse_command([str(weights), "--variant", "repvgg_a0", "--image-size", "32", "--check-only"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a0.safetensors"]
+
+
+def test_foreign_weights_are_exported_too(weights, tmp_path, capsys):
+    arguments = ["--variant", "repvgg_a0", "--image-size", "32", "--export", "onnx"]
+    assert fuse_command([str(weights), *arguments]) == 0
+    assert "a0.deploy.onnx: largest difference" in capsys.readouterr().out
+    assert (tmp_path / "a0.deploy.onnx").is_file()
+
+
+def test_a_wrong_fold_is_refused_and_nothing_is_written(weights, tmp_path, monkeypatch):
+    wrong = lambda model, variables: fuse_model(model.clone(epsilon=1e-4), variables)  # noqa: E731
+    monkeypatch.setattr(module, "fuse_model", wrong)
+    with pytest.raises(EquivalenceError, match="not the same function"):
+        fuse_weights(weights, "repvgg_a0", tmp_path / "out.safetensors", image_size=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["a0.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "variant is None: expected that of"),
+        (["--variant", "repvgg_a1"], "is not repvgg_a1: the state dict (timm layout) does not fit"),
+        (["--variant", "repvgg_a0", "--data-dir", "x"], "is a file: expected data_dir with a run directory alone"),
+        (["--variant", "repvgg_a0", "--check-only", "--export", "onnx"], "export and check_only are both given"),
+    ],
+)
+def test_arguments_that_do_not_fit_exit_with_2(arguments, message, weights, capsys):
+    assert fuse_command([str(weights), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_for_weights_do_not_fit_a_run(tmp_path, capsys):
+    assert fuse_command([str(tmp_path), "--variant", "repvgg_a0"]) == 2
+    assert "is no file of weights: expected variant with one alone" in capsys.readouterr().err
+
+
+def test_a_list_of_names_of_another_length_is_refused(weights, tmp_path):
+    with pytest.raises(ValueError, match="there are 2 class names: expected 10"):
+        fuse_weights(weights, "repvgg_a0", tmp_path / "out.safetensors", class_names=["cat", "dog"])

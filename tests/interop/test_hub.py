@@ -1,0 +1,71 @@
+import builtins
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.interop.hub import load_pretrained
+from tests.interop.hub_cache import COMMIT, write_hub_cache
+from tests.random_variables import random_variables
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return random_variables(create_model("repvgg_a0", num_classes=5), dtype=np.float32)
+
+
+@pytest.fixture
+def cache(variables, tmp_path):
+    write_hub_cache(tmp_path, create_model("repvgg_a0", num_classes=5), variables)
+    return tmp_path
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_published_weights_come_with_their_preprocessing_and_commit(variables, cache, revision):
+    model, found, preprocess, commit = load_pretrained("RepVGG-A0", revision=revision, cache_dir=cache)
+    chex.assert_trees_all_equal(found, variables)
+    assert model == create_model("repvgg_a0", num_classes=5)
+    assert (preprocess.image_size, preprocess.eval_resize) == (224, 256)
+    assert preprocess.mean == (0.485, 0.456, 0.406)
+    assert preprocess.class_names[4] == "class 4"
+    assert commit == COMMIT
+
+
+def test_another_classifier_is_initialised_for_other_classes(variables, cache):
+    found = load_pretrained("repvgg_a0", num_classes=3, head="reinit", key=jax.random.key(0), cache_dir=cache)
+    assert found.variables["params"]["head"]["kernel"].shape == (1280, 3)
+    assert found.preprocess.class_names == ("class 0", "class 1", "class 2")
+    chex.assert_trees_all_equal(found.variables["params"]["stem"], variables["params"]["stem"])
+
+
+def test_what_is_not_in_the_cache_cannot_be_had_offline(tmp_path):
+    with pytest.raises(ConnectionError, match=r"cannot fetch config.json of https://huggingface.co/timm/repvgg_b1g4"):
+        load_pretrained("repvgg_b1g4", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["repvgg_b1g2", "repvggplus_l2pse"])
+def test_names_without_published_weights_are_refused(name):
+    with pytest.raises(ValueError, match=rf"no published weights of '{name}': expected one of repvgg_a0, "):
+        load_pretrained(name)
+
+
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "huggingface_hub":
+            raise ImportError
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"huggingface_hub.*\[hub\]"):
+        load_pretrained("repvgg_a0")
