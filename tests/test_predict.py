@@ -13,7 +13,8 @@ from PIL import Image
 
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.data import fit, read_image
-from repvgg_jax.interop.safetensors import Preprocess, load_deploy, save_deploy
+from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.interop.safetensors import load_deploy, save_deploy
 from repvgg_jax.predict import find_images, main, predict
 from tests.random_variables import random_variables
 

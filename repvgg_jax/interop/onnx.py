@@ -11,6 +11,7 @@ import numpy as np
 
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.repvgg import BlockSetting
 
 try:
     import onnx
@@ -71,8 +72,8 @@ def to_onnx(
         mean, std = (np.asarray(value, np.float64)[:, None, None] for value in (preprocess.mean, preprocess.std))
         last = graph.add("Mul", [last, graph.weight("scale", 1 / (255 * std))])
         last = graph.add("Sub", [last, graph.weight("shift", mean / std)])
-    for name, stride, groups in _blocks(model):
-        last = _block(graph, last, name, params[name], stride, groups, model.squeeze_excite)
+    for setting in model.blocks:
+        last = _block(graph, last, setting, params[setting.name], model.squeeze_excite)
     last = graph.add("GlobalAveragePool", [last])
     last = graph.add("Flatten", [last])
     head = params["head"]
@@ -143,19 +144,8 @@ class _Graph:
         return name
 
 
-def _blocks(model: RepVGG) -> list[tuple[str, int, int]]:
-    """Names, strides and groups, in the order of computation."""
-    names, strides = ["stem"], [model.strides[0]]
-    for stage, depth in enumerate(model.depths, start=1):
-        names += [f"stage{stage}_block{number}" for number in range(1, depth + 1)]
-        strides += [model.strides[stage], *[1] * (depth - 1)]
-    groups = [model.groups if index and index % 2 == 0 else 1 for index in range(len(names))]
-    return list(zip(names, strides, groups, strict=True))
-
-
-def _block(
-    graph: _Graph, last: str, name: str, params: Any, stride: int, groups: int, squeeze_excite: str | None
-) -> str:
+def _block(graph: _Graph, last: str, setting: BlockSetting, params: Any, squeeze_excite: str | None) -> str:
+    name, _, stride, dilation, groups = setting
     kernel = np.asarray(params["reparam"]["kernel"])
     last = graph.add(
         "Conv",
@@ -165,7 +155,8 @@ def _block(
             graph.weight(f"{name}.bias", params["reparam"]["bias"]),
         ],
         strides=[stride] * 2,
-        pads=[1] * 4,
+        pads=[dilation] * 4,
+        dilations=[dilation] * 2,
         group=groups,
         kernel_shape=[3, 3],
     )

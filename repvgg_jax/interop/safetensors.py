@@ -42,9 +42,9 @@ def save_deploy(
     """Write a deploy form to one safetensors file, whole or not at all.
 
     Tensors are named by their path, `stage1_block1.reparam.kernel`, in this package's layouts (HWIO). The metadata
-    are strings: `variant`, `num_classes`, `class_names`, `strides`, `depths`, `width_multiplier`, `image_size`,
-    `channels`, `mean`, `std`, `eval_resize`, `epsilon` (of the norms that were folded), and `versions`; all but
-    `format` and `variant` are JSON.
+    are strings: `variant`, `num_classes`, `class_names`, `strides`, `dilations`, `depths`, `width_multiplier`,
+    `image_size`, `channels`, `mean`, `std`, `eval_resize`, `epsilon` (of the norms that were folded), and `versions`;
+    all but `format` and `variant` are JSON.
 
     Args:
       path: of the file.
@@ -67,6 +67,7 @@ def save_deploy(
         **dataclasses.asdict(preprocess),
         "num_classes": model.num_classes,
         "strides": model.strides,
+        "dilations": model.dilations,
         "depths": model.depths,
         "width_multiplier": model.width_multiplier,
         "epsilon": model.epsilon,
@@ -121,6 +122,8 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
         width_multiplier=fields["width_multiplier"],
         epsilon=fields["epsilon"],
     )
+    # Files from before networks could be dilated do not say that theirs is not.
+    model = model.clone(dilations=tuple(fields.get("dilations", model.dilations)))
     values: dict[str, Any] = {field.name: fields[field.name] for field in dataclasses.fields(Preprocess)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     preprocess = Preprocess(**values)

@@ -25,6 +25,7 @@ class ConvBN(nn.Module):
       features: output channels.
       kernel_size: odd side length of the square kernel; the input is padded by half of it on every side.
       stride: of the convolution.
+      dilation: of the convolution.
       groups: of the convolution.
       epsilon: of the batch norm.
       momentum: of the running statistics: new = momentum · old + (1 − momentum) · batch (PyTorch's 0.1 is 0.9).
@@ -37,6 +38,7 @@ class ConvBN(nn.Module):
     features: int
     kernel_size: int
     stride: int = 1
+    dilation: int = 1
     groups: int = 1
     epsilon: float = 1e-5
     momentum: float = 0.9
@@ -47,13 +49,14 @@ class ConvBN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Map `(batch, height, width, channels)` to `(batch, ⌈height/stride⌉, ⌈width/stride⌉, features)`."""
-        padding = self.kernel_size // 2
+        padding = self.kernel_size // 2 * self.dilation
         x = nn.Conv(
             self.features,
             (self.kernel_size, self.kernel_size),
             strides=self.stride,
             # 'SAME' would centre a strided window on odd pixels where the size is even; the 1×1 samples even ones.
             padding=((padding, padding), (padding, padding)),
+            kernel_dilation=self.dilation,
             feature_group_count=self.groups,
             use_bias=False,
             kernel_init=kernel_init,
@@ -105,6 +108,7 @@ class RepVGGBlock(nn.Module):
     Attributes:
       features: output channels.
       stride: 1 or 2. The identity branch exists where the stride is 1 and the channels stay the same.
+      dilation: of the 3×3 convolution.
       groups: of the 3×3 and the 1×1 convolution.
       squeeze_excite: None, or the place of the squeeze-excite unit: before the ReLU (RepVGG-D2se) or after it
         (RepVGGplus).
@@ -122,6 +126,7 @@ class RepVGGBlock(nn.Module):
 
     features: int
     stride: int = 1
+    dilation: int = 1
     groups: int = 1
     squeeze_excite: SqueezeExcitePosition | None = None
     squeeze_excite_reduction: int = 16
@@ -155,7 +160,7 @@ class RepVGGBlock(nn.Module):
             ops=self.ops,
         )
         branch = partial(ConvBN, self.features, stride=self.stride, groups=self.groups, **policy)
-        y = branch(kernel_size=3, name="branch_3x3")(x, train=train)
+        y = branch(kernel_size=3, dilation=self.dilation, name="branch_3x3")(x, train=train)
         y += branch(kernel_size=1, name="branch_1x1")(x, train=train)
         if self.stride == 1 and x.shape[-1] == self.features:
             y += BatchNorm(use_running_average=not train, name="branch_identity", **policy)(x)
@@ -166,7 +171,8 @@ class RepVGGBlock(nn.Module):
             self.features,
             (3, 3),
             strides=self.stride,
-            padding=((1, 1), (1, 1)),
+            padding=((self.dilation, self.dilation), (self.dilation, self.dilation)),
+            kernel_dilation=self.dilation,
             feature_group_count=self.groups,
             kernel_init=kernel_init,
             dtype=self.dtype,

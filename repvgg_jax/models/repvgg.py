@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,16 @@ from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition,
 from repvgg_jax.models.operations import Operations
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
+
+
+class BlockSetting(NamedTuple):
+    """What sets one block apart: its name in the tree of variables, output channels, stride, dilation, groups."""
+
+    name: str
+    features: int
+    stride: int
+    dilation: int
+    groups: int
 
 
 class AuxiliaryHead(nn.Module):
@@ -53,6 +63,7 @@ class RepVGG(nn.Module):
       depths: blocks in stage1…stage4.
       width_multiplier: of the channels 64, 128, 256, 512 of stage1…stage4; the stem has min(64, stage1).
       strides: of the stem and of the first block of stage1…stage4.
+      dilations: of the stem and of stage1…stage4; the first block of a stage still has that of the stage before.
       groups: of every second block, counted from the stem, which is not grouped.
       squeeze_excite: None, "before_relu" (RepVGG-D2se) or "after_relu" (RepVGGplus), in every block.
       squeeze_excite_reduction: channels over the width of the squeeze-excite bottleneck.
@@ -76,6 +87,7 @@ class RepVGG(nn.Module):
     depths: tuple[int, int, int, int]
     width_multiplier: tuple[float, float, float, float]
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    dilations: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)
     groups: int = 1
     squeeze_excite: SqueezeExcitePosition | None = None
     squeeze_excite_reduction: int = 16
@@ -94,6 +106,23 @@ class RepVGG(nn.Module):
         """Output channels of the stem and of stage1…stage4."""
         stages = [int(base * factor) for base, factor in zip((64, 128, 256, 512), self.width_multiplier, strict=True)]
         return (min(64, stages[0]), *stages)  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> tuple[BlockSetting, ...]:
+        """The blocks, in the order of computation."""
+        settings = [BlockSetting("stem", self.widths[0], self.strides[0], self.dilations[0], 1)]
+        for stage, depth in enumerate(self.depths, start=1):
+            for number in range(1, depth + 1):
+                settings.append(
+                    BlockSetting(
+                        name=f"stage{stage}_block{number}",
+                        features=self.widths[stage],
+                        stride=self.strides[stage] if number == 1 else 1,
+                        dilation=self.dilations[stage - 1 if number == 1 else stage],
+                        groups=self.groups if len(settings) % 2 == 0 else 1,
+                    )
+                )
+        return tuple(settings)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, features: bool = False) -> Any:
@@ -153,19 +182,11 @@ class RepVGG(nn.Module):
             run = nn.remat(run)
 
         ends: dict[str, jax.Array] = {}
-        x = run(block(features=self.widths[0], stride=self.strides[0], name="stem"), images)
-        x = end("stem", x)
-        index = 0
-        for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:], strict=True), start=1):
+        settings = iter(self.blocks)
+        x = end("stem", run(block(**next(settings)._asdict()), images))
+        for stage, depth in enumerate(self.depths, start=1):
             for number in range(1, depth + 1):
-                index += 1
-                module = block(
-                    features=width,
-                    stride=self.strides[stage] if number == 1 else 1,
-                    groups=self.groups if index % 2 == 0 else 1,
-                    name=f"stage{stage}_block{number}",
-                )
-                x = run(module, x)
+                x = run(block(**next(settings)._asdict()), x)
                 if use_auxiliary and stage == 3 and number == depth // 2:
                     auxiliary("stage3_first_aux", x)
             x = end(f"stage{stage}", x)

@@ -96,11 +96,8 @@ def _count(model: RepVGG, images: jax.ShapeDtypeStruct) -> dict[str, tuple[tuple
 
 
 def _computation_order(model: RepVGG) -> list[str]:
-    names = ["stem"]
-    for stage, depth in enumerate(model.depths, start=1):
-        names += [f"stage{stage}_block{number}" for number in range(1, depth + 1)]
-        if stage == 3:
-            names.insert(len(names) - depth + depth // 2, "stage3_first_aux")
-        elif stage < 3:
-            names.append(f"stage{stage}_aux")
+    names = [block.name for block in model.blocks]
+    for stage, last in ((1, model.depths[0]), (2, model.depths[1]), (3, model.depths[2] // 2)):
+        after = names.index(f"stage{stage}_block{max(last, 1)}")
+        names.insert(after + 1, f"stage{stage}_first_aux" if stage == 3 else f"stage{stage}_aux")
     return [*names, "head"]

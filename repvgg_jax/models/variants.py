@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +70,7 @@ def create_model(
     num_classes: int = 1000,
     deploy: bool = False,
     strides: Sequence[int] = (2, 2, 2, 2, 2),
+    output_stride: int | None = None,
     width_multiplier: Sequence[float] | None = None,
     depths: Sequence[int] | None = None,
     epsilon: float = 1e-5,
@@ -85,6 +88,9 @@ def create_model(
       num_classes: width of the head.
       deploy: build the deploy form, for variables that `fuse` returned.
       strides: of the stem and of stage1…stage4, each 1 or 2. Small images want fewer 2s, e.g. (1, 1, 2, 2, 2).
+      output_stride: as a backbone, of the pixels of an image to one of stage4 along a side: 8 or 16 for segmentation,
+        where `strides` give 32. Later strides turn into dilation (Yu & Koltun, arXiv:1511.07122), so that weights
+        stay those of the undilated network. None leaves the strides alone.
       width_multiplier: four factors in place of the variant's.
       depths: four stage depths in place of the variant's.
       epsilon: of the batch norms.
@@ -128,9 +134,13 @@ def create_model(
         raise ValueError(
             f"width_multiplier is {variant.width_multiplier}: expected four positive factors for stage1…stage4"
         )
+    dilations: Sequence[int] = (1, 1, 1, 1, 1)
+    if output_stride is not None:
+        strides, dilations = _dilate(strides, output_stride)
     model = RepVGG(
         num_classes=num_classes,
         strides=tuple(strides),  # type: ignore[arg-type]
+        dilations=tuple(dilations),  # type: ignore[arg-type]
         deploy=deploy,
         epsilon=epsilon,
         momentum=momentum,
@@ -147,4 +157,25 @@ def create_model(
             f"width_multiplier {variant.width_multiplier} gives {model.widths} channels: expected multiples of "
             f"{variant.groups} (groups), at least {smallest}"
         )
+    for stage, (before, after) in enumerate(zip(model.widths, model.widths[1:], strict=False), start=1):
+        if model.dilations[stage] > model.dilations[stage - 1] and before == after:
+            raise ValueError(
+                f"output_stride is {output_stride}: expected a larger one, since stage{stage} would lose its stride "
+                f"and, its {after} channels being those of its input, gain an identity branch, which no weights are for"
+            )
     return model
+
+
+def _dilate(strides: Sequence[int], output_stride: int) -> tuple[list[int], list[int]]:
+    """Strides and dilations of stem and stages that reach an output stride and go no further."""
+    reached = list(itertools.accumulate(strides, operator.mul))
+    if output_stride not in reached:
+        raise ValueError(
+            f"output_stride is {output_stride}: expected one of {sorted(set(reached))}, which strides {tuple(strides)} "
+            "pass through"
+        )
+    kept = [total <= output_stride for total in reached]
+    return (
+        [stride if keep else 1 for stride, keep in zip(strides, kept, strict=True)],
+        [max(1, total // output_stride) for total in reached],
+    )

@@ -8,7 +8,7 @@ from repvgg_jax.reparam.kernels import (
     pad_kernel,
 )
 from repvgg_jax.reparam.rules import Replacement, Rule, branch_rule, first_match, repvgg_rule
-from repvgg_jax.reparam.tree import fuse, fuse_with
+from repvgg_jax.reparam.tree import equivalent_kernels, fuse, fuse_with
 from repvgg_jax.reparam.verify import (
     Agreement,
     EquivalenceError,
@@ -26,6 +26,7 @@ __all__ = [
     "agreement",
     "assert_equivalent",
     "branch_rule",
+    "equivalent_kernels",
     "first_divergence",
     "first_match",
     "fold_batch_norm",

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from repvgg_jax.reparam.rules import Path, Rule, Tree, repvgg_rule
+from repvgg_jax.reparam.kernels import Convolution
+from repvgg_jax.reparam.rules import Path, Replacement, Rule, Tree, repvgg_rule
 
 Variables = TypeVar("Variables", bound=Mapping[str, Any])
 
@@ -45,6 +46,34 @@ def fuse(variables: Variables, *, epsilon: float = 1e-5) -> Variables:
       ['params']
     """
     return fuse_with(repvgg_rule(epsilon), variables)
+
+
+def equivalent_kernels(variables: Mapping[str, Any], *, epsilon: float = 1e-5) -> dict[str, Convolution]:
+    """The 3×3 convolution that each RepVGG block is worth, by the block's path.
+
+    For a loss or a statistic over the kernels that inference will see; pure, as `fuse` is, so `grad` passes through.
+    The official implementation's custom L2 penalises the like (`get_custom_L2`, https://github.com/DingXiaoH/RepVGG).
+
+    Args:
+      variables: as for `fuse`.
+      epsilon: of the batch norms.
+
+    Returns:
+      `(kernel, bias)` by path, e.g. 'stage1_block1', in the order of the tree.
+
+    Raises:
+      ValueError: as `fuse`.
+    """
+    rule, found = repvgg_rule(epsilon), {}
+
+    def collect(path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
+        replacement = rule(path, params, batch_stats)
+        if replacement is not None and "reparam" in replacement.params:
+            found["/".join(path)] = Convolution(**replacement.params["reparam"])
+        return replacement
+
+    fuse_with(collect, variables)
+    return found
 
 
 def fuse_with(rule: Rule, variables: Variables) -> Variables:

@@ -12,7 +12,7 @@ import pytest
 
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.interop.onnx import load_onnx, to_onnx
-from repvgg_jax.interop.safetensors import Preprocess
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.reparam import EquivalenceError, agreement
 from tests.random_variables import random_images, random_variables
 
@@ -34,10 +34,10 @@ def apply(model, variables, images):
     return np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, jnp.asarray(images)))
 
 
-@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1)])
+@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1), "dilated"])
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
 def test_onnx_runtime_computes_the_logits_of_the_deploy_form(name, strides):
-    model, variables = deployed(name, strides=strides)
+    model, variables = deployed(name, **({"output_stride": 8} if strides == "dilated" else {"strides": strides}))
     graph = to_onnx(model, variables)
     for shape in [(1, 32, 32, 3), (3, 33, 30, 3)]:  # one graph: batch, height and width are free
         images = np.array(random_images(shape, np.float32))

@@ -4,7 +4,8 @@ import pytest
 import safetensors.numpy
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.safetensors import Preprocess, load_deploy, save_deploy
+from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.interop.safetensors import load_deploy, save_deploy
 from tests.random_variables import random_images, random_variables
 
 PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "dog", "fish", "bird", "frog"))
@@ -14,7 +15,7 @@ PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "do
 def deployed(tmp_path):
     model = create_model(
         "repvgg_b1g2", num_classes=5, depths=(1, 2, 1, 1), width_multiplier=(0.25,) * 4, strides=(1, 1, 2, 2, 1),
-        epsilon=1e-3,
+        output_stride=2, epsilon=1e-3,
     )  # fmt: skip
     model, variables = fuse_model(model, random_variables(model, dtype=np.float32))
     path = tmp_path / "deploy.safetensors"
@@ -32,6 +33,16 @@ def test_a_saved_file_alone_gives_back_model_weights_and_preprocessing(deployed)
     chex.assert_trees_all_equal(
         loaded.model.apply(loaded.variables, images, train=False), model.apply(variables, images, train=False)
     )
+
+
+def test_a_file_from_before_dilation_is_of_a_network_without_it(tmp_path):
+    model = create_model("repvgg_a0", num_classes=5, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, deploy=True)
+    path = tmp_path / "deploy.safetensors"
+    save_deploy(path, "repvgg_a0", model, random_variables(model, dtype=np.float32), PREPROCESS)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "dilations"}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata)
+    assert load_deploy(path).model == model
 
 
 def test_metadata_tell_a_reader_without_this_package_what_it_needs(deployed):

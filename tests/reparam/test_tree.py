@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model, fuse, fuse_model
+from repvgg_jax.reparam import equivalent_kernels
 from tests.random_variables import random_images, random_variables
 
 SHAPE = (2, 16, 16, 3)
@@ -295,3 +296,56 @@ def test_a_scalar_where_statistics_are_expected_is_refused():
     statistics = {"branch_identity": {"mean": jnp.zeros(()), "var": jnp.ones(())}}
     with pytest.raises(ValueError, match=r"branch_identity normalises \(\) channels"):
         fuse(block(stats=statistics))
+
+
+def official_custom_l2(params, batch_stats, epsilon):
+    """`RepVGGBlock.get_custom_L2` of the official repository, in HWIO."""
+    kernels = {name: params[name]["conv"]["kernel"] for name in ("branch_3x3", "branch_1x1")}
+    factors = {
+        name: params[name]["bn"]["scale"] / jnp.sqrt(batch_stats[name]["bn"]["var"] + epsilon) for name in kernels
+    }
+    k3, k1 = kernels["branch_3x3"], kernels["branch_1x1"]
+    circle = jnp.sum(k3**2) - jnp.sum(k3[1, 1] ** 2)
+    centre = k3[1, 1] * factors["branch_3x3"] + k1[0, 0] * factors["branch_1x1"]
+    return circle + jnp.sum(centre**2 / (factors["branch_3x3"] ** 2 + factors["branch_1x1"] ** 2))
+
+
+@pytest.mark.usefixtures("float64")
+def test_equivalent_kernels_are_those_of_fuse_and_the_official_custom_l2_sees_the_same():
+    model = create_model("repvgg_a0", depths=(2, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5)
+    variables = random_variables(model)
+    kernels = equivalent_kernels(variables)
+    fused = fuse(variables)["params"]
+    assert set(kernels) == set(fused) - {"head"}
+    for name, convolution in kernels.items():
+        np.testing.assert_array_equal(convolution.kernel, fused[name]["reparam"]["kernel"])
+        np.testing.assert_array_equal(convolution.bias, fused[name]["reparam"]["bias"])
+    # The stem has no identity branch: there the official penalty is a function of the equivalent kernel's parts.
+    params, stats = variables["params"]["stem"], variables["batch_stats"]["stem"]
+    factor = {name: params[name]["bn"]["scale"] / jnp.sqrt(stats[name]["bn"]["var"] + 1e-5) for name in stats}
+    kernel = kernels["stem"].kernel
+    ring = jnp.ones((3, 3, 1, 1)).at[1, 1].set(0)
+    squares = jnp.sum((kernel * ring / factor["branch_3x3"]) ** 2)
+    squares += jnp.sum(kernel[1, 1] ** 2 / (factor["branch_3x3"] ** 2 + factor["branch_1x1"] ** 2))
+    np.testing.assert_allclose(squares, official_custom_l2(params, stats, 1e-5), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_pass_through_equivalent_kernels():
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.125,) * 4, num_classes=5)
+    variables = random_variables(model)
+
+    def penalty(params):
+        kernels = equivalent_kernels({**variables, "params": params})
+        return sum(jnp.sum(convolution.kernel**2) for convolution in kernels.values())
+
+    gradients = jax.jit(jax.grad(penalty))(variables["params"])
+    direction = jax.tree.map(lambda leaf: jnp.asarray(np.random.default_rng(0).normal(size=leaf.shape)), gradients)
+    step = 1e-6
+    ahead, behind = (
+        penalty(jax.tree.map(lambda leaf, way, sign=sign: leaf + sign * step * way, variables["params"], direction))
+        for sign in (1, -1)
+    )
+    slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+    np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-6)
+    assert float(jnp.abs(gradients["head"]["kernel"]).max()) == 0
