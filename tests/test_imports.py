@@ -13,6 +13,7 @@ PACKAGE = Path(repvgg_jax.__file__).parent
 MAY_IMPORT = {
     "reparam": set(),
     "ops": set(),
+    "trace": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "data": set(),
     "interop": {"reparam", "ops", "models", "version"},

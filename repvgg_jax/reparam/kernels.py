@@ -80,11 +80,11 @@ def fold_batch_norm(
     return Convolution(kernel * factor, folded_bias)
 
 
-def pad_kernel(kernel: Array, size: tuple[int, int]) -> Array:
+def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:
     """Zero-pad a kernel around its centre to a larger spatial size.
 
     Args:
-      kernel: `(kh, kw, in / groups, out)`.
+      kernel: `(kh, kw, in / groups, out)`, or of another number of spatial dimensions.
       size: the `(kh, kw)` to reach.
 
     Returns:
@@ -94,11 +94,11 @@ def pad_kernel(kernel: Array, size: tuple[int, int]) -> Array:
     Raises:
       ValueError: the size is smaller than the kernel, or differs by an odd number, which leaves no centre.
     """
-    growth = [target - current for target, current in zip(size, kernel.shape[:2], strict=True)]
+    growth = [target - current for target, current in zip(size, kernel.shape[:-2], strict=True)]
     if any(g < 0 or g % 2 for g in growth):
         raise ValueError(
-            f"cannot pad a {kernel.shape[0]}x{kernel.shape[1]} kernel to {size[0]}x{size[1]} around its centre: "
-            "the target must be larger by an even number in both directions"
+            f"cannot pad a {'x'.join(map(str, kernel.shape[:-2]))} kernel to {'x'.join(map(str, size))} around its "
+            "centre: the target must be larger by an even number in every direction"
         )
     if not any(growth):
         return kernel
@@ -107,7 +107,7 @@ def pad_kernel(kernel: Array, size: tuple[int, int]) -> Array:
 
 
 def identity_kernel(
-    channels: int, *, groups: int = 1, size: tuple[int, int] = (1, 1), dtype: Any = np.float64
+    channels: int, *, groups: int = 1, size: tuple[int, ...] = (1, 1), dtype: Any = np.float64
 ) -> np.ndarray:
     """The kernel of a convolution that returns its input.
 
@@ -130,7 +130,8 @@ def identity_kernel(
     if channels % groups:
         raise ValueError(f"channels (={channels}) must be divisible by groups (={groups})")
     block = np.eye(channels // groups, dtype=dtype)
-    return np.asarray(pad_kernel(np.tile(block, (1, groups))[None, None], size))
+    kernel = np.tile(block, (1, groups)).reshape(*[1] * len(size), channels // groups, channels)
+    return np.asarray(pad_kernel(kernel, size))
 
 
 def merge_branches(branches: Sequence[Convolution]) -> Convolution:

@@ -1,0 +1,132 @@
+"""A convolution of a convolution, where one of the two has a single tap: exact, or not done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from repvgg_jax.trace.affine import Affine, Apart, Term, Window
+from repvgg_jax.trace.constants import Constant
+from repvgg_jax.trace.merge import merge
+
+
+def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None] | None:
+    """Fold an elementwise map of the source into the convolution that reads it.
+
+    Returns:
+      Kernel and bias, or None where the map is not one of the channels, or its shift would meet zeros of the padding,
+      which it does not shift.
+    """
+    window, rank = term.window, len(source.aval.shape)
+    axis = window.source_axes[1]
+    scale = None if source.scale is None else source.scale.vector(rank, axis)
+    shift = None if source.shift is None else source.shift.vector(rank, axis)
+    if scale is None or (shift is None and source.shift is not None):
+        return None
+    if shift is not None and (_pads(window) or any(step != 1 for step in window.source_dilation)):
+        return None
+    if window.batch_groups != 1:
+        return None
+    kernel = term.kernel.map(
+        lambda kernel, scale: kernel * _by_group(scale, kernel, window.groups), scale, shape=term.kernel.shape
+    )
+    if shift is None:
+        return kernel, None
+    bias = term.kernel.map(
+        lambda kernel, shift: (kernel * _by_group(shift, kernel, window.groups)).sum(tuple(range(kernel.ndim - 1))),
+        shift,
+        shape=term.kernel.shape[-1:],
+    )
+    return kernel, bias
+
+
+def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
+    """A vector of the source's channels as (in/groups, out): the channels that each output reads."""
+    *_, within, out = kernel.shape
+    channels = np.broadcast_to(vector, (groups * within,)).reshape(groups, within)
+    return np.repeat(channels, out // groups, axis=0).T
+
+
+def compose(inner: Affine, outer: Term, aval: Any) -> Term | None:
+    """The one convolution that a convolution of a convolution is.
+
+    Args:
+      inner: the value between, with terms.
+      outer: the convolution that reads it.
+      aval: of the result.
+
+    Returns:
+      The term, with the way apart kept where that is cheaper; None where no single convolution is exact.
+    """
+    terms, scale = merge(inner)
+    if len(terms) != 1 or scale is not None:
+        return None
+    (first,), second = terms, outer
+    a, b = first.window, second.window
+    if (
+        a.axes != b.source_axes
+        or a.groups != 1
+        or b.groups != 1
+        or a.batch_groups != 1
+        or b.batch_groups != 1
+        or (a.precision, a.preferred) != (b.precision, b.preferred)
+        or any(step != 1 for step in (*a.source_dilation, *b.source_dilation))
+    ):
+        return None
+    bias = _total_bias(inner, first)
+    if bias is not None and _pads(b):
+        return None
+    if all(size == 1 for size in first.size) and all(step == 1 for step in a.strides) and not _crops(a):
+        padding = tuple(
+            (low + lower, high + higher) for (low, high), (lower, higher) in zip(a.padding, b.padding, strict=True)
+        )
+        window = dataclasses.replace(b, source_axes=a.source_axes, padding=padding)
+        kernel = second.kernel.map(
+            lambda second, first: np.einsum("im,...mo->...io", first.reshape(first.shape[-2:]), second),
+            first.kernel,
+            shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+        )
+    elif all(size == 1 for size in second.size) and all(step == 1 for step in b.strides) and not _pads(b):
+        window = dataclasses.replace(a, axes=b.axes)
+        kernel = first.kernel.map(
+            lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),
+            second.kernel,
+            shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+        )
+    else:
+        return None
+    through = None
+    if bias is not None:
+        through = second.kernel.map(
+            lambda kernel, bias: np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1])).sum(
+                tuple(range(kernel.ndim - 2))
+            ),
+            bias,
+            shape=second.kernel.shape[-1:],
+        )
+    pixels = math.prod(aval.shape) / aval.shape[b.axes[1]]
+    between = math.prod(inner.aval.shape) / inner.aval.shape[a.axes[1]]
+    cost = first.cost * between / pixels + second.cost
+    term = Term(kernel, window, through)
+    return term if term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
+
+
+def _total_bias(inner: Affine, term: Term) -> Constant | None:
+    shift = None
+    if inner.shift is not None:
+        shift = inner.shift.vector(len(inner.aval.shape), term.window.axes[1])
+        assert shift is not None
+    if term.bias is None or shift is None:
+        return shift if term.bias is None else term.bias
+    return term.bias.map(np.add, shift, shape=term.bias.shape)
+
+
+def _pads(window: Window) -> bool:
+    return any(low > 0 or high > 0 for low, high in window.padding)
+
+
+def _crops(window: Window) -> bool:
+    return any(low < 0 or high < 0 for low, high in window.padding)

@@ -1,0 +1,176 @@
+"""Reads a traced function and writes the program that is left once everything affine is folded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from repvgg_jax.trace.affine import Affine
+from repvgg_jax.trace.constants import Constant, bind, evaluate
+from repvgg_jax.trace.emitter import Emitter, Group
+from repvgg_jax.trace.program import Program
+from repvgg_jax.trace.rules import RULES, STRETCHING, Value
+
+# What these primitives call is part of the function, whatever they say of its gradients or its compilation.
+_CALLS = {
+    "pjit": "jaxpr",
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
+
+class Interpreter:
+    """Walks a jaxpr once; values are constants, or affine in a value of the program.
+
+    Attributes:
+      convolutions: read so far.
+      multiply_adds: of the convolutions and products read so far.
+      notes: on what was left, and why.
+    """
+
+    def __init__(self, convolution: Callable[..., jax.Array]):
+        self.convolutions, self.multiply_adds = 0, 0
+        self.notes: list[str] = []
+        self._emitter = Emitter(convolution)
+
+    @property
+    def program(self) -> Program:
+        """What was written."""
+        return self._emitter.program
+
+    @property
+    def groups(self) -> list[Group]:
+        """What was merged."""
+        return self._emitter.groups
+
+    def input(self, aval: Any) -> Affine:
+        """A value that is given when the program runs."""
+        node = self.program.node()
+        self.program.inputs.append(node)
+        return self._emitter.value(node, aval)
+
+    def read(self, closed: Any, arguments: Sequence[Value]) -> None:
+        """Read a whole function; its results become the program's outputs."""
+        outputs = self._run(closed.jaxpr, [_given(each) for each in closed.consts], arguments, "")
+        self.program.outputs = [self._emitter.operand(value, "output") for value in outputs]
+        self.program.prune()
+
+    def _run(self, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value], scope: str) -> list[Value]:
+        """Read the equations of a jaxpr that stands in a scope of names."""
+        environment: dict[Any, Value] = {}
+        uses = Counter(v for e in jaxpr.eqns for v in e.invars if not isinstance(v, core.Literal))
+        uses.update(v for v in jaxpr.outvars if not isinstance(v, core.Literal))
+
+        def read(variable: Any) -> Value:
+            return _literal(variable) if isinstance(variable, core.Literal) else environment[variable]
+
+        def write(variables: Sequence[Any], values: Sequence[Value]) -> None:
+            for variable, value in zip(variables, values, strict=True):
+                # A value that is read twice is computed once; zeros around one can be taken in twice.
+                if uses[variable] > 1 and isinstance(value, Affine) and not value.padding:
+                    value = self._emitter.materialized(value)
+                environment[variable] = value
+
+        write(jaxpr.constvars, constants)
+        write(jaxpr.invars, arguments)
+        for equation in jaxpr.eqns:
+            write(equation.outvars, self._equation(equation, list(map(read, equation.invars)), scope))
+        return list(map(read, jaxpr.outvars))
+
+    def _equation(self, equation: Any, operands: list[Value], scope: str) -> Sequence[Value]:
+        self._emitter.scope = scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
+        inner = _called(equation)
+        if inner is not None:
+            return self._run(
+                inner.jaxpr, [_given(each) for each in inner.consts], operands[-len(inner.jaxpr.invars) :], scope
+            )
+        name = equation.primitive.name
+        if not equation.effects and all(isinstance(operand, Constant) for operand in operands):
+            return evaluate(equation, operands)  # type: ignore[arg-type]
+        self.convolutions += name == "conv_general_dilated"
+        self.multiply_adds += _multiply_adds(equation)
+        if name != "conv_general_dilated":
+            operands = [self._emitter.materialized(o) if isinstance(o, Affine) and o.padding else o for o in operands]
+        if name in RULES and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
+            shape = equation.outvars[0].aval.shape
+            # A sum or product that stretches an operand is no map of its channels.
+            same = all(operand.aval.shape == shape for operand in operands if isinstance(operand, Affine))
+            result = RULES[name](self._emitter, equation, *operands) if same or name in STRETCHING else None
+            if result is not None:
+                return [result]
+        return self._leave(equation, operands)
+
+    def _leave(self, equation: Any, operands: Sequence[Value]) -> list[Value]:
+        """Keep an equation as it is, on whatever its operands have become."""
+        name = equation.primitive.name
+        taken = [self._emitter.operand(operand, name) for operand in operands]
+        self._note_batch_statistics(equation, taken)
+        nodes = self.program.add(
+            lambda *values: bind(equation, values, equation.params),
+            taken,
+            name=name,
+            results=len(equation.outvars),
+            multiply_adds=_multiply_adds(equation),
+            keep=bool(equation.effects),
+        )
+        return [
+            self._emitter.value(node, variable.aval) for node, variable in zip(nodes, equation.outvars, strict=True)
+        ]
+
+    def _note_batch_statistics(self, equation: Any, operands: Sequence[Any]) -> None:
+        axis = self._emitter.convolved.get(operands[0]) if operands and isinstance(operands[0], int) else None
+        if axis is None or equation.primitive.name != "reduce_sum":
+            return
+        rank = len(equation.invars[0].aval.shape)
+        if set(equation.params["axes"]) == set(range(rank)) - {axis}:
+            self.notes.append(
+                f"left in {self._emitter.scope or 'the function'}: the mean of a convolution over the batch, which "
+                "depends on the images. Was the function traced with train=True? Batch norms fold in evaluation"
+            )
+
+
+def _literal(variable: Any) -> Constant:
+    return Constant(np.shape(variable.val), variable.aval.dtype, lambda: np.asarray(variable.val), variable=False)
+
+
+def _given(value: Any) -> Constant:
+    """An array that the function closed over; a parameter, unless it is a single number."""
+    return Constant(np.shape(value), value.dtype, lambda: np.asarray(value), variable=np.size(value) > 1)
+
+
+def _called(equation: Any) -> Any:
+    """The closed jaxpr that an equation does no more than call; None for other equations."""
+    name = equation.primitive.name
+    if name in _CALLS:
+        inner = equation.params[_CALLS[name]]
+        return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+    platforms = equation.params.get("branches_platforms") if name == "cond" else None
+    if platforms and None in platforms:
+        # Every branch computes the same, each well on its own platform; the default is the plain one.
+        return equation.params["branches"][platforms.index(None)]
+    return None
+
+
+def _multiply_adds(equation: Any) -> int:
+    name = equation.primitive.name
+    if name == "conv_general_dilated":
+        kernel, channel = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+        return math.prod(kernel) // kernel[channel] * math.prod(equation.outvars[0].aval.shape)
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    return 0

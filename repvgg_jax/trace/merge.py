@@ -1,0 +1,137 @@
+"""Which convolutions of one value become one, and which kernel it has: exact, and never more multiply-adds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from repvgg_jax.reparam.kernels import identity_kernel
+from repvgg_jax.trace.affine import Affine, Term, Window
+from repvgg_jax.trace.constants import Constant
+
+
+def merge(affine: Affine) -> tuple[list[Term], Constant | None]:
+    """Merge the terms of a sum, as far as that costs nothing.
+
+    Returns:
+      The terms that remain, and what remains of the source itself: its scale, or None.
+    """
+    merged: list[Term] = []
+    for term in sorted(affine.terms, key=lambda term: -term.cost):
+        for index, other in enumerate(merged):
+            both = _union(other, term, affine)
+            if both is not None and both.cost <= other.cost + term.cost:
+                merged[index] = both
+                break
+        else:
+            merged.append(term)
+    if affine.scale is None:
+        return merged, None
+    for index, term in enumerate(merged):
+        own = _identity(affine, term)
+        both = None if own is None else _union(term, own, affine)
+        # The source alone costs a multiplication for each channel.
+        if both is not None and both.cost <= term.cost + affine.aval.shape[term.window.axes[1]]:
+            merged[index] = both
+            return merged, None
+    return merged, affine.scale
+
+
+def _identity(affine: Affine, like: Term) -> Term | None:
+    """The source itself as a 1×1 convolution with the groups of another, where the two have one grid."""
+    window, spatial = like.window, len(like.size)
+    channels = affine.aval.shape[window.axes[1]]
+    if (
+        affine.source_shape != affine.aval.shape
+        or window.source_axes != window.axes
+        or any(step != 1 for step in (*window.strides, *window.source_dilation))
+        or window.batch_groups != 1
+    ):
+        return None
+    assert affine.scale is not None
+    vector = affine.scale.vector(len(affine.aval.shape), window.axes[1])
+    assert vector is not None
+    one = identity_kernel(channels, groups=window.groups, size=(1,) * spatial)
+    kernel = vector.map(lambda scale: one * scale, shape=one.shape)
+    return Term(kernel, dataclasses.replace(window, padding=((0, 0),) * spatial, dilation=(1,) * spatial))
+
+
+def _union(left: Term, right: Term, affine: Affine) -> Term | None:
+    """One convolution for the sum of two, or None where no kernel covers both."""
+    a, b = left.window, right.window
+    if (a.strides, a.batch_groups, a.precision, a.preferred) != (b.strides, b.batch_groups, b.precision, b.preferred):
+        return None
+    if a.batch_groups != 1 or a.source_dilation != b.source_dilation:
+        return None
+    if any(step != 1 for step in a.source_dilation) and (a.padding, a.dilation, left.size) != (
+        b.padding, b.dilation, right.size,
+    ):  # fmt: skip
+        return None
+    sizes, padding, dilations, places = [], [], [], []
+    for axis, (n, m) in enumerate(zip(left.size, right.size, strict=True)):
+        # A kernel of one tap has any dilation.
+        dilation = a.dilation[axis] if n > 1 else b.dilation[axis] if m > 1 else 1
+        if (n > 1 and a.dilation[axis] != dilation) or (m > 1 and b.dilation[axis] != dilation):
+            return None
+        (low_a, high_a), (low_b, high_b) = a.padding[axis], b.padding[axis]
+        low = max(low_a, low_b)
+        if (low - low_a) % dilation or (low - low_b) % dilation:
+            return None
+        first_a, first_b = (low - low_a) // dilation, (low - low_b) // dilation
+        size = max(first_a + n, first_b + m)
+        high = next(
+            (high for own, at, high in ((n, low_a, high_a), (m, low_b, high_b)) if (own, at) == (size, low)),
+            _needed(affine, a, axis, low, (size - 1) * dilation),
+        )
+        sizes.append(size)
+        padding.append((low, high))
+        dilations.append(dilation)
+        places.append((first_a, first_b))
+    groups = int(np.gcd(a.groups, b.groups))
+    window = dataclasses.replace(a, padding=tuple(padding), dilation=tuple(dilations), groups=groups)
+    kernels = [
+        _placed(_regrouped(term, groups), sizes, [place[side] for place in places])
+        for side, term in enumerate((left, right))
+    ]
+    biases = [term.bias for term in (left, right) if term.bias is not None]
+    bias = biases[0].map(np.add, biases[1], shape=biases[0].shape) if len(biases) == 2 else next(iter(biases), None)
+    return Term(kernels[0].map(np.add, kernels[1], shape=kernels[0].shape), window, bias)
+
+
+def _needed(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
+    """Padding behind the source that the last window reads, never less than nothing."""
+    outputs = affine.aval.shape[window.axes[2 + axis]]
+    length = affine.source_shape[window.source_axes[2 + axis]]
+    return max(0, (outputs - 1) * window.strides[axis] - low + reach - (length - 1))
+
+
+def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Constant:
+    """The kernel at its place among zeros."""
+    spatial = len(sizes)
+    widths = [
+        (first, size - first - own) for size, first, own in zip(sizes, firsts, kernel.shape[:spatial], strict=True)
+    ]
+    shape = (*sizes, *kernel.shape[spatial:])
+    return kernel.map(lambda value: np.pad(value, [*widths, (0, 0), (0, 0)]), shape=shape)
+
+
+def _regrouped(term: Term, groups: int) -> Constant:
+    """The kernel in fewer groups: with zeros from the channels that its own groups do not read."""
+    before = term.window.groups
+    if before == groups:
+        return term.kernel
+    *spatial, within, out = term.kernel.shape
+    ratio = before // groups
+
+    def regroup(value: np.ndarray) -> np.ndarray:
+        wide = np.zeros((*spatial, within * ratio, out))
+        per_group = out // before
+        for group in range(before):
+            first = group % ratio * within
+            columns = slice(group * per_group, (group + 1) * per_group)
+            wide[..., first : first + within, columns] = value[..., columns]
+        return wide
+
+    return term.kernel.map(regroup, shape=(*spatial, within * ratio, out))

@@ -1,0 +1,137 @@
+"""Structural re-parameterization as a transformation of functions, as `jax.grad` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repvgg_jax.ops import conv_general_dilated
+from repvgg_jax.trace.constants import Constant
+from repvgg_jax.trace.interpreter import Interpreter
+from repvgg_jax.trace.report import describe
+
+
+class Reparameterized:
+    """A function of parameters and inputs, with its convolutions merged; `reparameterize` makes it.
+
+    Attributes:
+      params: the parameters by name: folded kernels and biases, and those variables that are used as they are.
+    """
+
+    params: dict[str, jax.Array]
+
+    def __init__(self, function: Callable[..., Any], variables: Any, inputs: Sequence[Any]):
+        leaves, self._structure = jax.tree.flatten(variables)
+        traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+        if traced:
+            raise ValueError(
+                f"{len(traced)} of {len(leaves)} variables are tracers: the fold is computed once, in float64 on the "
+                "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
+            )
+        self._function = function
+        self._variables = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+        self._read: dict[Any, tuple[Interpreter, Any]] = {}
+        self._first, _ = self._interpreted(inputs, leaves)
+        program = self._first.program
+        self.params = {name: jnp.asarray(value) for name, value in zip(program.names, program.values(), strict=True)}
+
+    def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
+        """Compute what the function computes of the variables and these inputs.
+
+        Args:
+          params: as `self.params`, or others of the same names and shapes.
+          inputs: of any shapes that the function itself takes; it is traced anew for each.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          ValueError: the parameters are not those of this function.
+        """
+        interpreter, structure = self._interpreted(inputs, None)
+        program = interpreter.program
+        differing = {
+            name: (np.shape(params[name]) if name in params else "missing", constant.compact)
+            for name, constant in zip(program.names, program.constants, strict=True)
+            if name not in params or np.shape(params[name]) != constant.compact
+        }
+        if differing:
+            raise ValueError(
+                "the parameters are not those of this function: "
+                + "; ".join(f"{name} is {found}, expected {wanted}" for name, (found, wanted) in differing.items())
+            )
+        outputs = program.run([params[name] for name in program.names], jax.tree.leaves(inputs))
+        return jax.tree.unflatten(structure, outputs)
+
+    def report(self) -> str:
+        """What was merged, what was left and why; convolutions, multiply-adds and array elements before and after."""
+        before = sum(int(np.prod(variable.shape)) for variable in self._variables)
+        return describe(self._first, before, sum(param.size for param in self.params.values()))
+
+    def _interpreted(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
+        """The program for inputs of these shapes; values are needed for the first alone."""
+        flat, tree = jax.tree.flatten(tuple(inputs))
+        avals = tuple(jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in flat)
+        key = (tree, tuple((aval.shape, aval.dtype) for aval in avals))
+        if key not in self._read:
+            self._read[key] = self._interpret(tree, avals, leaves)
+        return self._read[key]
+
+    def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
+        variables = jax.tree.unflatten(self._structure, self._variables)
+        trace = jax.make_jaxpr(self._function, return_shape=True)
+        closed, shapes = trace(variables, *jax.tree.unflatten(tree, avals))
+        interpreter = Interpreter(conv_general_dilated)
+
+        def variable(index: int, aval: Any) -> Constant:
+            def value() -> np.ndarray:
+                assert leaves is not None, "what is folded is decided by shapes alone"
+                return np.asarray(leaves[index])
+
+            return Constant(aval.shape, aval.dtype, value)
+
+        constants = [variable(index, aval) for index, aval in enumerate(self._variables)]
+        interpreter.read(closed, [*constants, *map(interpreter.input, avals)])
+        return interpreter, jax.tree.structure(shapes)
+
+
+def reparameterize(function: Callable[..., Any], variables: Any, *inputs: Any) -> Reparameterized:
+    """Merge the convolutions of a function, whatever library wrote it.
+
+    The function is traced, and read as a program. What does not depend on the inputs is computed once, in float64. What
+    is affine in an earlier value, by convolutions, batch norms in evaluation, scales, shifts, sums, padding by zeros
+    and means over windows, becomes one convolution of that value, where that is exact and takes no more multiply-adds;
+    everything else stays as it is.
+
+    Args:
+      function: of variables and inputs, e.g. `lambda v, x: model.apply(v, x, train=False)`; traceable by JAX.
+      variables: pytree of arrays.
+      inputs: examples of the inputs, arrays or `jax.ShapeDtypeStruct`, in pytrees. Later ones may have other shapes, as
+        long as the function takes them.
+
+    Returns:
+      `fused`, with `fused(fused.params, *inputs)` equal to `function(variables, *inputs)`, and `fused.report()`.
+
+    Raises:
+      ValueError: the variables are tracers.
+
+    References:
+      Ding et al., *RepVGG*, CVPR 2021, arXiv:2101.03697, section 3.3, and *Diverse Branch Block*, CVPR 2021,
+      arXiv:2103.13425, section 3, for the algebra. The interpreter follows "Autodidax" (JAX's documentation).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from repvgg_jax import reparameterize
+      >>> def network(v, x):
+      ...     y = jax.lax.conv(x, v["kernel"], (1, 1), "SAME")
+      ...     return jax.nn.relu((y - v["mean"][:, None, None]) * v["scale"][:, None, None] + x)
+      >>> v = {"kernel": jnp.ones((3, 3, 1, 1)), "mean": jnp.ones(3), "scale": jnp.full(3, 2.0)}
+      >>> fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32))
+      >>> [(name, param.shape) for name, param in fused.params.items()]
+      [('convolution/kernel', (1, 1, 3, 3)), ('convolution/bias', (3,))]
+    """
+    return Reparameterized(function, variables, inputs)

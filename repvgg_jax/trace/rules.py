@@ -1,0 +1,185 @@
+"""What each primitive does to values that are affine in another; None leaves the equation as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from repvgg_jax.trace.affine import Affine, Apart, Term, Window
+from repvgg_jax.trace.compose import compose, scale_before
+from repvgg_jax.trace.constants import Constant
+from repvgg_jax.trace.emitter import Emitter
+
+Value = Constant | Affine
+
+
+def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) -> Value | None:
+    if not isinstance(kernel, Constant) or not isinstance(source, Affine):
+        return None
+    aval, p = equation.outvars[0].aval, equation.params
+    if kernel.dtype != aval.dtype or source.aval.dtype != aval.dtype:
+        return None
+    numbers = p["dimension_numbers"]
+    out, within, *spatial = numbers.rhs_spec
+    order = (*spatial, within, out)
+    shape = tuple(kernel.shape[axis] for axis in order)
+    canonical = kernel.map(lambda value: np.broadcast_to(value, kernel.shape).transpose(order), shape=shape)
+    window = Window(
+        tuple(p["window_strides"]),
+        tuple((int(low), int(high)) for low, high in p["padding"]),
+        tuple(p["lhs_dilation"]),
+        tuple(p["rhs_dilation"]),
+        p["feature_group_count"],
+        p["batch_group_count"],
+        tuple(numbers.lhs_spec),
+        tuple(numbers.out_spec),
+        p["precision"],
+        p["preferred_element_type"],
+    )
+    term, scopes = Term(canonical, window), (*source.scopes, emitter.scope)
+    if source.padding:
+        widened = _widened(window, source.padding)
+        if widened is not None:
+            term = Term(canonical, widened)
+            return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
+    elif source.terms:
+        composed = compose(source, term, aval)
+        if composed is not None:
+            return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
+    else:
+        before = scale_before(source, term)
+        if before is not None:
+            term = Term(before[0], window, before[1])
+            return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
+    source = emitter.materialized(source)
+    return Affine(source.source, source.aval.shape, aval, terms=(term,), scopes=scopes[-1:])
+
+
+def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value | None:
+    config = equation.params["padding_config"]
+    if not isinstance(source, Affine) or not isinstance(value, Constant) or value.variable or np.any(value.value != 0):
+        return None
+    if any(low < 0 or high < 0 or between for low, high, between in config):
+        return None
+    source = emitter.materialized(source)
+    padding = tuple((int(low), int(high)) for low, high, _ in config)
+    return dataclasses.replace(source, aval=equation.outvars[0].aval, padding=padding)
+
+
+def _widened(window: Window, padding: Sequence[tuple[int, int]]) -> Window | None:
+    """The window of a convolution that pads for itself."""
+    batch, channel, *spatial = window.source_axes
+    if padding[batch] != (0, 0) or padding[channel] != (0, 0) or any(step != 1 for step in window.source_dilation):
+        return None
+    both = tuple(
+        (low + padding[axis][0], high + padding[axis][1])
+        for (low, high), axis in zip(window.padding, spatial, strict=True)
+    )
+    return dataclasses.replace(window, padding=both)
+
+
+def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
+    """A sum over windows: a convolution of each channel with ones, should a convolution beside it take it in."""
+    p, aval = equation.params, equation.outvars[0].aval
+    if not isinstance(source, Affine) or not source.terms or len(source.terms) != 1:
+        return None
+    window = source.terms[0].window
+    sizes = tuple(p["window_dimensions"])
+    batch, channel, *spatial = window.axes
+    other = [(sizes[axis], p["window_strides"][axis], tuple(p["padding"][axis])) for axis in (batch, channel)]
+    if other != [(1, 1, (0, 0))] * 2 or any(step != 1 for step in p["base_dilation"]):
+        return None
+    pick = lambda values: tuple(values[axis] for axis in spatial)  # noqa: E731
+    channels = source.aval.shape[channel]
+    ones = np.ones((*pick(sizes), 1, 1)) * np.eye(channels)
+    kernel = Constant(ones.shape, aval.dtype, lambda: ones, variable=False)
+    outer = Window(
+        pick(p["window_strides"]),
+        tuple((int(low), int(high)) for low, high in pick(p["padding"])),
+        (1,) * len(spatial),
+        pick(p["window_dilation"]),
+        1,
+        1,
+        window.axes,
+        window.axes,
+        window.precision,
+        window.preferred,
+    )
+    composed = compose(source, Term(kernel, outer), aval)
+    if composed is None:
+        return None
+    pixels = math.prod(aval.shape) / aval.shape[channel]
+    between = math.prod(source.aval.shape) / channels
+    cost = source.terms[0].cost * between / pixels
+    term = dataclasses.replace(composed, apart=Apart(source, equation, None, cost))
+    return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=source.scopes)
+
+
+def _multiply(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+    affine, constant = (left, right) if isinstance(left, Affine) else (right, left)
+    if isinstance(affine, Affine) and isinstance(constant, Constant):
+        return affine.times(constant)
+    return None
+
+
+def _divide(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+    if isinstance(left, Affine) and isinstance(right, Constant):
+        return left.times(_mapped(right, np.reciprocal))
+    return None
+
+
+def _add(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+    if isinstance(left, Affine) and isinstance(right, Affine):
+        return left.add(right)
+    affine, constant = (left, right) if isinstance(left, Affine) else (right, left)
+    return affine.plus(constant) if isinstance(affine, Affine) and isinstance(constant, Constant) else None
+
+
+def _subtract(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+    if isinstance(right, Constant):
+        return _add(emitter, equation, left, _mapped(right, np.negative))
+    negated = _negate(emitter, equation, right)
+    return None if negated is None else _add(emitter, equation, left, negated)
+
+
+def _negate(emitter: Emitter, equation: Any, value: Value) -> Value | None:
+    if not isinstance(value, Affine):
+        return None
+    minus = Constant((), value.aval.dtype, lambda: np.asarray(-1.0), variable=False)
+    return value.times(minus)
+
+
+def _cast(emitter: Emitter, equation: Any, value: Value) -> Value | None:
+    # Another dtype rounds elsewhere than the fold would.
+    same = isinstance(value, Affine) and value.aval.dtype == equation.params["new_dtype"]
+    return value if same else None
+
+
+def _mapped(constant: Constant, function: Any) -> Constant:
+    return Constant(
+        constant.shape,
+        constant.dtype,
+        lambda: function(constant.value),
+        compact=constant.compact,
+        variable=constant.variable,
+    )
+
+
+RULES: dict[str, Callable[..., Value | None]] = {
+    "conv_general_dilated": _convolution,
+    "mul": _multiply,
+    "div": _divide,
+    "add": _add,
+    "add_any": _add,
+    "sub": _subtract,
+    "neg": _negate,
+    "convert_element_type": _cast,
+    "pad": _pad,
+    "reduce_window_sum": _pool,
+}
+# Their results have other shapes than their operands.
+STRETCHING = ("conv_general_dilated", "pad", "reduce_window_sum")

@@ -1,0 +1,326 @@
+"""`reparameterize` merges what is affine, in any code, and nothing else."""
+
+from collections import Counter
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from repvgg_jax import VARIANTS, create_model, fuse_model
+from repvgg_jax.reparam import assert_equivalent
+from repvgg_jax.trace import reparameterize
+from tests.random_variables import random_images, random_variables
+from tests.trace import networks
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def primitives(function, *arguments):
+    """How often each primitive stands in the traced program, calls included."""
+    count = Counter()
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            count[equation.primitive.name] += 1
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    walk(inner.jaxpr if hasattr(inner, "jaxpr") else inner) if hasattr(inner, "eqns") or hasattr(
+                        inner, "jaxpr"
+                    ) else None
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count
+
+
+def drawn(module, shape):
+    """Random variables of a linen module that takes no `train`."""
+    template = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float64))
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(
+            rng.uniform(0.5, 1.5, leaf.shape) if path[-1].key in ("scale", "var") else rng.normal(0, 0.3, leaf.shape)
+        ),
+        template,
+    )
+
+
+def compare(function, variables, shape, dtype=np.float64):
+    """Merge, compare on the images traced with and on more of them, and count convolutions before and after."""
+    images = random_images(shape, dtype)
+    fused = reparameterize(function, variables, images)
+    for batch in (images, random_images((shape[0] + 1, *shape[1:]), dtype, seed=2)):
+        expected, found = jax.jit(function)(variables, batch), jax.jit(fused)(fused.params, batch)
+        assert jax.tree.structure(expected) == jax.tree.structure(found)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            np.testing.assert_allclose(b, a, atol=1e-12 * float(jnp.abs(a).max()), rtol=0)
+    # Other parameters are another function: negative control.
+    other = jax.tree.map(lambda leaf: leaf * 1.01, fused.params)
+    assert any(
+        float(jnp.abs(a - b).max()) > 1e-6
+        for a, b in zip(
+            jax.tree.leaves(fused(other, images)), jax.tree.leaves(fused(fused.params, images)), strict=True
+        )
+    )
+    before, after = primitives(function, variables, images), primitives(fused, fused.params, images)
+    return before, after
+
+
+LINEN = {
+    "resnet18": (networks.ResNet(), (20, 20)),
+    "resnet50": (networks.ResNet((3, 4, 6, 3), bottleneck=True), (53, 53)),
+    "mobileone": (networks.MobileOne(), (18, 6)),
+    "diverse_branch": (networks.DiverseBranch(), (5, 1)),
+    "acnet": (networks.Asymmetric(), (6, 2)),
+    "qarepvgg": (networks.QARepVGG(), (4, 2)),
+    "large_kernel": (networks.LargeKernel(), (2, 1)),
+    "dilated": (networks.Dilated(), (6, 5)),
+    "attention": (networks.Attention(), (0, 0)),
+    "shared": (networks.Shared(), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_a_linen_network_keeps_its_function_in_the_fewest_convolutions(name):
+    module, expected = LINEN[name]
+    shape = (2, 13, 14, 6 if name in ("qarepvgg", "large_kernel") else 3)
+    before, after = compare(module.apply, drawn(module, shape), shape)
+    assert (before["conv_general_dilated"], after["conv_general_dilated"]) == expected
+    if name.startswith("resnet"):
+        # No arithmetic of a batch norm is left: a bias for each convolution, the residual sums, the head's bias.
+        sums = 8 if name == "resnet18" else 16
+        assert before["rsqrt"] == expected[0]
+        assert (after["rsqrt"], after["sub"], after["div"]) == (0, 0, 0)
+        assert after["add"] == expected[1] + sums + 1
+    if name == "attention":
+        assert sum(after.values()) <= sum(before.values())
+
+
+def test_a_network_in_nnx_is_merged_too():
+    module = networks.NNXResNet(nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape)), state)
+    before, after = compare(lambda state, x: nnx.merge(graph, state)(x), state, (2, 9, 9, 3))
+    assert before["conv_general_dilated"] == after["conv_general_dilated"] == 8
+    assert (before["rsqrt"], after["rsqrt"]) == (8, 0)
+
+
+def test_a_network_of_bare_lax_is_merged_too():
+    rng = np.random.default_rng(0)
+    weights = {
+        "kernels": [jnp.asarray(rng.normal(size=(4, channels, 3, 3))) for channels in (3, 4, 4)],
+        "means": [jnp.asarray(rng.normal(size=4)) for _ in range(3)],
+        "deviations": [jnp.asarray(rng.uniform(0.5, 1.5, 4)) for _ in range(3)],
+    }
+    before, after = compare(networks.bare, weights, (2, 3, 8, 9))
+    assert before["conv_general_dilated"] == after["conv_general_dilated"] == 3
+    assert (after["sub"], after["div"]) == (0, 0)
+
+
+def test_zeros_around_a_value_and_means_over_windows_are_left_where_nothing_takes_them_in():
+    def function(v, x):
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        pooled = jax.lax.reduce_window(jnp.tanh(padded), 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return pooled * v["scale"], jnp.pad(x, ((0, 0), (0, 0), (0, 0), (1, 2)), constant_values=1.0)
+
+    before, after = compare(function, {"scale": jnp.arange(1.0, 4.0)}, (2, 6, 6, 3))
+    assert after["pad"] == before["pad"] == 2
+    assert (after["reduce_window_sum"], after["conv_general_dilated"]) == (1, 0)
+
+
+def test_a_convolution_with_a_bias_is_not_merged_into_a_padded_one():
+    """The padding would be zero where the bias is not: exact inside the border alone."""
+
+    def function(v, x, padding):
+        y = convolve(x, v["first"]) + v["bias"]
+        return convolve(y, v["second"], padding)
+
+    rng = np.random.default_rng(0)
+    v = {
+        "first": jnp.asarray(rng.normal(size=(1, 1, 3, 3))),
+        "second": jnp.asarray(rng.normal(size=(3, 3, 3, 2))),
+        "bias": jnp.asarray(rng.normal(size=2 + 1)),
+    }
+    for padding, convolutions in (("SAME", 2), ("VALID", 1)):
+        _, after = compare(lambda v, x, padding=padding: function(v, x, padding), v, (2, 6, 6, 3))
+        assert after["conv_general_dilated"] == convolutions
+
+
+def convolve(x, kernel, padding="SAME", **settings):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **settings
+    )
+
+
+def test_a_merge_that_costs_multiply_adds_is_not_made():
+    rng = np.random.default_rng(0)
+    v = {"wide": jnp.asarray(rng.normal(size=(1, 3, 4, 4))), "tall": jnp.asarray(rng.normal(size=(3, 1, 4, 4)))}
+    # 1×3 and 3×1 are six taps, the 3×3 around them nine.
+    _, after = compare(lambda v, x: convolve(x, v["wide"]) + convolve(x, v["tall"]), v, (2, 6, 6, 4))
+    assert after["conv_general_dilated"] == 2
+    narrow = {"down": jnp.asarray(rng.normal(size=(1, 1, 8, 2))), "up": jnp.asarray(rng.normal(size=(1, 1, 2, 8)))}
+    _, after = compare(lambda v, x: convolve(convolve(x, v["down"]), v["up"]), narrow, (2, 6, 6, 8))
+    assert after["conv_general_dilated"] == 2
+    wide = {"up": jnp.asarray(rng.normal(size=(1, 1, 2, 8))), "down": jnp.asarray(rng.normal(size=(1, 1, 8, 2)))}
+    _, after = compare(lambda v, x: convolve(convolve(x, v["up"]), v["down"]), wide, (2, 6, 6, 2))
+    assert after["conv_general_dilated"] == 1
+
+
+def test_an_elementwise_map_stays_elementwise():
+    before, after = compare(lambda v, x: jax.nn.gelu(x * v["scale"]), {"scale": jnp.arange(1.0, 4.0)}, (2, 5, 5, 3))
+    assert after["conv_general_dilated"] == 0
+    assert after["mul"] + after["add"] <= before["mul"] + before["add"]
+
+
+def test_a_scale_before_a_convolution_goes_into_its_kernel():
+    rng = np.random.default_rng(0)
+    v = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 6))), "scale": jnp.asarray(rng.normal(size=4)), "shift": 2.0}
+    grouped = lambda x, v, padding: convolve(x, v["kernel"], padding, feature_group_count=2)  # noqa: E731
+    _, after = compare(lambda v, x: grouped(x * v["scale"], v, "SAME"), v, (2, 6, 6, 4))
+    assert after["mul"] == 0
+    _, after = compare(lambda v, x: grouped(x * v["scale"] + v["shift"], v, "VALID"), v, (2, 6, 6, 4))
+    assert (after["mul"], after["add"]) == (0, 1)
+    _, after = compare(lambda v, x: grouped(x * v["scale"] + v["shift"], v, "SAME"), v, (2, 6, 6, 4))
+    assert (after["mul"], after["add"]) == (1, 1)
+
+
+def test_control_flow_on_inputs_is_passed_through():
+    rng = np.random.default_rng(0)
+    v = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 3, 3)) / 5), "scale": jnp.asarray(rng.uniform(1, 2, 3))}
+
+    def function(v, x):
+        y = jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(convolve(y, v["kernel"]) * v["scale"]), x)
+        return jax.lax.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, convolve(y, v["kernel"]) * v["scale"])
+
+    before, after = compare(function, v, (2, 6, 6, 3))
+    assert after["conv_general_dilated"] == before["conv_general_dilated"] == 2
+    assert after["cond"] == 1
+
+
+def test_checkpointed_and_jitted_parts_are_read_like_the_rest():
+    module = networks.QARepVGG()
+    variables = drawn(module, (2, 9, 9, 6))
+    _, after = compare(jax.jit(jax.checkpoint(module.apply)), variables, (2, 9, 9, 6))
+    assert after["conv_general_dilated"] == 2
+
+
+def test_inputs_and_outputs_are_pytrees_and_untouched_variables_parameters():
+    rng = np.random.default_rng(0)
+    v = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 3, 3))), "offset": jnp.asarray(rng.normal(size=(6, 6, 1)))}
+
+    def function(v, inputs, scale):
+        return {"sum": (convolve(inputs["a"], v["kernel"]) + v["offset"], inputs["b"] * scale), "given": v["offset"]}
+
+    inputs = {"a": random_images((2, 6, 6, 3)), "b": random_images((4,), seed=3)}
+    fused = reparameterize(function, v, inputs, 3.0)
+    expected, found = function(v, inputs, 3.0), fused(fused.params, inputs, 3.0)
+    chex.assert_trees_all_close(found, expected, atol=1e-12)
+    assert sorted(param.shape for param in fused.params.values()) == [(3, 3, 3, 3), (6, 6, 1)]
+
+
+@pytest.mark.parametrize("name", [*(v for v in VARIANTS if v in ("repvgg_a0", "repvgg_b1g4")), *(
+    pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v not in ("repvgg_a0", "repvgg_b1g4"))])  # fmt: skip
+def test_every_repvgg_comes_out_as_fuse_model_makes_it(name):
+    """As many convolutions, multiply-adds and parameters as the deploy form, and its logits."""
+    model = create_model(name, num_classes=10, param_dtype=jnp.float64)
+    variables = random_variables(model, (1, 32, 32, 3))
+    images = random_images((2, 33, 33, 3))
+    apply = lambda model: lambda v, x: model.apply(v, x, train=False)  # noqa: E731
+    fused = reparameterize(apply(model), variables, images)
+    deploy, deploy_variables = fuse_model(model, variables)
+    assert sum(p.size for p in fused.params.values()) == sum(p.size for p in jax.tree.leaves(deploy_variables))
+    as_deploy = reparameterize(apply(deploy), deploy_variables, images)
+    assert fused.report().splitlines()[3].split()[-1] == as_deploy.report().splitlines()[3].split()[-1]
+    counts = [primitives(f, f.params, images)["conv_general_dilated"] for f in (fused, as_deploy)]
+    assert counts[0] == counts[1]
+    expected, found = jax.jit(apply(model))(variables, images), jax.jit(fused)(fused.params, images)
+    assert_equivalent(expected, found, rtol=1e-12)
+    assert_equivalent(jax.jit(apply(deploy))(deploy_variables, images), found, rtol=1e-12)
+
+
+def test_the_projects_own_lowerings_are_seen_through_and_used_again():
+    model = create_model("repvgg_a0", depths=(1, 2, 2, 1), width_multiplier=(0.25,) * 4, num_classes=5)
+    variables = random_variables(model, dtype=np.float32)
+    images = random_images((2, 17, 17, 3), np.float32)
+    function = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
+    fused = reparameterize(function, variables, images)
+    assert len(fused.params) == 2 * 7 + 2
+    assert_equivalent(jax.jit(function)(variables, images), jax.jit(fused)(fused.params, images), rtol=1e-5)
+    # Traced as plain convolutions, they are lowered as the network's own when the result runs.
+    deploy, deploy_variables = fuse_model(model, variables)
+    own = primitives(lambda v, x: deploy.apply(v, x, train=False), deploy_variables, images)
+    assert primitives(fused, fused.params, images)["custom_vjp_call"] == own["custom_vjp_call"] > 0
+
+
+def test_another_rounding_is_kept():
+    """In bfloat16 a batch norm rounds between convolution and sum, where a fold would not: nothing is merged."""
+    model = create_model(
+        "repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5, dtype=jnp.bfloat16, ops="xla"
+    )
+    variables = random_variables(model, dtype=np.float32)
+    images = random_images((2, 16, 16, 3), np.float32)
+    function = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
+    fused = reparameterize(function, variables, images)
+    before, after = primitives(function, variables, images), primitives(fused, fused.params, images)
+    assert before["conv_general_dilated"] == after["conv_general_dilated"]
+    np.testing.assert_allclose(fused(fused.params, images), function(variables, images), atol=0.05)
+
+
+def test_the_result_can_be_transformed_like_any_function():
+    module = networks.QARepVGG()
+    variables = drawn(module, (2, 9, 9, 6))
+    images = random_images((2, 9, 9, 6))
+    fused = reparameterize(module.apply, variables, images)
+    many = random_images((3, 2, 9, 9, 6))
+    batched = jax.vmap(fused, in_axes=(None, 0))(fused.params, many)
+    np.testing.assert_allclose(batched[1], module.apply(variables, many[1]), atol=1e-12)
+    ensemble = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), fused.params)
+    assert jax.vmap(fused, in_axes=(0, None))(ensemble, images).shape == (2, 2, 9, 9, 6)
+    slope = jax.grad(lambda x: fused(fused.params, x).sum())(images)
+    np.testing.assert_allclose(slope, jax.grad(lambda x: module.apply(variables, x).sum())(images), atol=1e-11)
+    (batch,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(lambda x: fused(fused.params, x)))(
+        jax.ShapeDtypeStruct((batch, 9, 9, 6), jnp.float64)
+    )
+    np.testing.assert_allclose(exported.call(many[0]), batched[0], atol=1e-12)
+
+
+def test_training_mode_is_pointed_out():
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5, ops="xla")
+    variables = random_variables(model, dtype=np.float32)
+    images = random_images((2, 16, 16, 3), np.float32)
+    train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0]  # noqa: E731
+    fused = reparameterize(train, variables, images)
+    assert "Was the function traced with train=True?" in fused.report()
+    np.testing.assert_allclose(fused(fused.params, images), train(variables, images), atol=1e-4)
+    assert "train=True" not in reparameterize(lambda v, x: model.apply(v, x, train=False), variables, images).report()
+
+
+def test_the_report_names_what_was_merged():
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5)
+    variables = random_variables(model, dtype=np.float32)
+    fused = reparameterize(
+        lambda v, x: model.apply(v, x, train=False), variables, jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    )
+    report = fused.report()
+    assert "convolutions" in report
+    assert "RepVGG/stage1_block1" in report
+    assert list(fused.params)[:2] == ["RepVGG/stem/kernel", "RepVGG/stem/bias"]
+
+
+def test_other_parameters_and_tracers_are_refused():
+    module = networks.QARepVGG()
+    variables = drawn(module, (2, 9, 9, 6))
+    images = random_images((2, 9, 9, 6))
+    fused = reparameterize(module.apply, variables, images)
+    name, *_ = fused.params
+    with pytest.raises(ValueError, match=rf"not those of this function: {name} is missing"):
+        fused({key: value for key, value in fused.params.items() if key != name}, images)
+    with pytest.raises(ValueError, match=rf"{name} is \(3,\), expected"):
+        fused({**fused.params, name: jnp.zeros(3)}, images)
+    with pytest.raises(ValueError, match="tracers: the fold is computed once"):
+        jax.jit(lambda v: reparameterize(module.apply, v, images)(fused.params, images))(variables)
