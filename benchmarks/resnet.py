@@ -67,7 +67,7 @@ class ResNet(nn.Module):
                 if x.shape != y.shape:
                     x = unit(out, 1, stride, name=f"{name}_shortcut")(x, train=train)
                 x = nn.relu(x + y)
-        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2), dtype=jnp.float32))
+        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def create_resnet(name: str, **fields: Any) -> ResNet:

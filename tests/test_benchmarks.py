@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pipeline
+from benchmarks import pipeline, reparameterize
 from benchmarks.memory import megabytes
 from benchmarks.race import Case, Race, Time, ratio
 from benchmarks.resnet import create_resnet
@@ -121,3 +121,12 @@ def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkey
     name, workers, *_, batch, alone, step, together, share, percent = capsys.readouterr().out.splitlines()[-1].split()
     assert (name, workers, batch, percent) == (data, "0", "8", "%")
     assert all(int(rate.replace(",", "")) > 0 for rate in (alone, step, together, share))
+
+
+def test_the_worth_of_merging_a_traced_function_is_measured(capsys):
+    reparameterize.main(["--networks", "repvgg_a0", "--batch", "2", "--side", "32", "--turns", "1"])
+    header, rule, row = capsys.readouterr().out.strip().splitlines()[-3:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == header.count("|") - 1 == rule.count("|") - 1
+    assert cells[:2] == ["repvgg_a0", "44 → 22"]
+    assert float(cells[4]) < 1e-12
