@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
@@ -50,13 +49,12 @@ def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray
     return np.repeat(channels, out // groups, axis=0).T
 
 
-def compose(inner: Affine, outer: Term, aval: Any) -> Term | None:
+def compose(inner: Affine, outer: Term) -> Term | None:
     """The one convolution that a convolution of a convolution is.
 
     Args:
       inner: the value between, with terms.
       outer: the convolution that reads it.
-      aval: of the result.
 
     Returns:
       The term, with the way apart kept where that is cheaper; None where no single convolution is exact.
@@ -107,11 +105,21 @@ def compose(inner: Affine, outer: Term, aval: Any) -> Term | None:
             bias,
             shape=second.kernel.shape[-1:],
         )
-    pixels = math.prod(aval.shape) / aval.shape[b.axes[1]]
-    between = math.prod(inner.aval.shape) / inner.aval.shape[a.axes[1]]
-    cost = first.cost * between / pixels + second.cost
+    cost = first.cost * pixels_read(second) + second.cost
     term = Term(kernel, window, through)
     return term if term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
+
+
+def pixels_read(outer: Term) -> int:
+    """At least so many pixels of the value in between are computed for one pixel of the result.
+
+    From the window alone, so that images of every size are merged alike.
+    """
+    window = outer.window
+    reach = [(size - 1) * step for size, step in zip(outer.size, window.dilation, strict=True)]
+    if any(low + high > span for (low, high), span in zip(window.padding, reach, strict=True)):
+        return 0
+    return math.prod(window.strides)
 
 
 def _total_bias(inner: Affine, term: Term) -> Constant | None:

@@ -39,7 +39,9 @@ class Constant:
         compact: Sequence[int] | None = None,
         variable: bool = True,
     ):
-        self.shape, self.dtype, self.variable = tuple(shape), np.dtype(dtype), variable
+        # Keys of jax.random have a dtype that NumPy does not know.
+        extended = jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+        self.shape, self.dtype, self.variable = tuple(shape), dtype if extended else np.dtype(dtype), variable
         self.compact = self.shape if compact is None else tuple(compact)
         self.base: Constant = self
         self._compute: Callable[[], np.ndarray] | None = compute

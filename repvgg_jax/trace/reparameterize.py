@@ -33,7 +33,7 @@ class Reparameterized:
                 "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
             )
         self._function = function
-        self._variables = [jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+        self._variables = list(map(_abstract, leaves))
         self._read: dict[Any, tuple[Interpreter, Any]] = {}
         self._first, _ = self._interpreted(inputs, leaves)
         program = self._first.program
@@ -75,7 +75,7 @@ class Reparameterized:
     def _interpreted(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
         """The program for inputs of these shapes; values are needed for the first alone."""
         flat, tree = jax.tree.flatten(tuple(inputs))
-        avals = tuple(jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)) for leaf in flat)
+        avals = tuple(map(_abstract, flat))
         key = (tree, tuple((aval.shape, aval.dtype) for aval in avals))
         if key not in self._read:
             self._read[key] = self._interpret(tree, avals, leaves)
@@ -97,6 +97,11 @@ class Reparameterized:
         constants = [variable(index, aval) for index, aval in enumerate(self._variables)]
         interpreter.read(closed, [*constants, *map(interpreter.input, avals)])
         return interpreter, jax.tree.structure(shapes)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.extended)
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if is_key else jnp.result_type(leaf))
 
 
 def reparameterize(function: Callable[..., Any], variables: Any, *inputs: Any) -> Reparameterized:

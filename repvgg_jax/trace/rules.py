@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from repvgg_jax.trace.affine import Affine, Apart, Term, Window
-from repvgg_jax.trace.compose import compose, scale_before
+from repvgg_jax.trace.compose import compose, pixels_read, scale_before
 from repvgg_jax.trace.constants import Constant
 from repvgg_jax.trace.emitter import Emitter
 
@@ -22,6 +21,8 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
         return None
     aval, p = equation.outvars[0].aval, equation.params
     if kernel.dtype != aval.dtype or source.aval.dtype != aval.dtype:
+        return None
+    if not _is_static(p["padding"]):
         return None
     numbers = p["dimension_numbers"]
     out, within, *spatial = numbers.rhs_spec
@@ -47,7 +48,7 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
             term = Term(canonical, widened)
             return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
     elif source.terms:
-        composed = compose(source, term, aval)
+        composed = compose(source, term)
         if composed is not None:
             return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
     else:
@@ -59,9 +60,16 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
     return Affine(source.source, source.aval.shape, aval, terms=(term,), scopes=scopes[-1:])
 
 
+def _is_static(padding: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether it is known, and does not depend on the symbols of a shape."""
+    return all(isinstance(width, int | np.integer) for widths in padding for width in widths)
+
+
 def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value | None:
     config = equation.params["padding_config"]
     if not isinstance(source, Affine) or not isinstance(value, Constant) or value.variable or np.any(value.value != 0):
+        return None
+    if not _is_static([widths[:2] for widths in config]):
         return None
     if any(low < 0 or high < 0 or between for low, high, between in config):
         return None
@@ -91,7 +99,7 @@ def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
     sizes = tuple(p["window_dimensions"])
     batch, channel, *spatial = window.axes
     other = [(sizes[axis], p["window_strides"][axis], tuple(p["padding"][axis])) for axis in (batch, channel)]
-    if other != [(1, 1, (0, 0))] * 2 or any(step != 1 for step in p["base_dilation"]):
+    if not _is_static(p["padding"]) or other != [(1, 1, (0, 0))] * 2 or any(step != 1 for step in p["base_dilation"]):
         return None
     pick = lambda values: tuple(values[axis] for axis in spatial)  # noqa: E731
     channels = source.aval.shape[channel]
@@ -109,12 +117,11 @@ def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
         window.precision,
         window.preferred,
     )
-    composed = compose(source, Term(kernel, outer), aval)
+    ones_term = Term(kernel, outer)
+    composed = compose(source, ones_term)
     if composed is None:
         return None
-    pixels = math.prod(aval.shape) / aval.shape[channel]
-    between = math.prod(source.aval.shape) / channels
-    cost = source.terms[0].cost * between / pixels
+    cost = source.terms[0].cost * pixels_read(ones_term)
     term = dataclasses.replace(composed, apart=Apart(source, equation, None, cost))
     return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=source.scopes)
 

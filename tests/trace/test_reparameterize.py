@@ -47,11 +47,13 @@ def drawn(module, shape):
     )
 
 
-def compare(function, variables, shape, dtype=np.float64):
-    """Merge, compare on the images traced with and on more of them, and count convolutions before and after."""
+def compare(function, variables, shape, dtype=np.float64, any_size=False):
+    """Merge, compare on the images traced with, on more and on larger ones, and count primitives before and after."""
     images = random_images(shape, dtype)
     fused = reparameterize(function, variables, images)
-    for batch in (images, random_images((shape[0] + 1, *shape[1:]), dtype, seed=2)):
+    larger = [(*shape[:1], *(size + 4 for size in shape[1:-1]), shape[-1])] if any_size else []
+    for other_shape in (shape, (shape[0] + 1, *shape[1:]), *larger):
+        batch = random_images(other_shape, dtype, seed=2)
         expected, found = jax.jit(function)(variables, batch), jax.jit(fused)(fused.params, batch)
         assert jax.tree.structure(expected) == jax.tree.structure(found)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -87,7 +89,7 @@ LINEN = {
 def test_a_linen_network_keeps_its_function_in_the_fewest_convolutions(name):
     module, expected = LINEN[name]
     shape = (2, 13, 14, 6 if name in ("qarepvgg", "large_kernel") else 3)
-    before, after = compare(module.apply, drawn(module, shape), shape)
+    before, after = compare(module.apply, drawn(module, shape), shape, any_size=True)
     assert (before["conv_general_dilated"], after["conv_general_dilated"]) == expected
     if name.startswith("resnet"):
         # No arithmetic of a batch norm is left: a bias for each convolution, the residual sums, the head's bias.
@@ -324,3 +326,32 @@ def test_other_parameters_and_tracers_are_refused():
         fused({**fused.params, name: jnp.zeros(3)}, images)
     with pytest.raises(ValueError, match="tracers: the fold is computed once"):
         jax.jit(lambda v: reparameterize(module.apply, v, images)(fused.params, images))(variables)
+
+
+def test_symbolic_shapes_are_merged_alike():
+    module = networks.DiverseBranch()
+    variables = drawn(module, (2, 9, 9, 3))
+    fused = reparameterize(module.apply, variables, random_images((2, 9, 9, 3)))
+    batch, height, width = jax.export.symbolic_shape("b, h, w", constraints=["h >= 8", "w >= 8"])
+    exported = jax.export.export(jax.jit(lambda x: fused(fused.params, x)))(
+        jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float64)
+    )
+    images = random_images((3, 11, 10, 3))
+    np.testing.assert_allclose(exported.call(images), module.apply(variables, images), atol=1e-12)
+
+
+def test_keys_among_the_variables_are_no_hindrance():
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (3, 3), param_dtype=jnp.float64, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, use_running_average=True, param_dtype=jnp.float64, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(nnx.relu(self.norm(self.conv(x))))
+
+    graph, state = nnx.split(Dropping(nnx.Rngs(0)))
+    images = random_images((2, 7, 7, 3))
+    fused = reparameterize(lambda state, x: nnx.merge(graph, state)(x), state, images)
+    np.testing.assert_allclose(fused(fused.params, images), nnx.merge(graph, state)(images), atol=1e-12)
+    assert len(fused.params) == 2
