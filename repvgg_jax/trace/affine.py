@@ -33,6 +33,22 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """A value with zeros around it, or a part of it, evenly spaced; one entry for each axis."""
+
+    padding: tuple[tuple[int, int], ...]
+    """Low and high; negative where the value is cropped."""
+    steps: tuple[int, ...]
+
+    def of(self, axes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]] | None:
+        """Padding and steps along the spatial axes; None where batch or channels are not left alone."""
+        batch, channel, *spatial = axes
+        if any(self.padding[axis] != (0, 0) or self.steps[axis] != 1 for axis in (batch, channel)):
+            return None
+        return tuple(self.padding[axis] for axis in spatial), tuple(self.steps[axis] for axis in spatial)
+
+
+@dataclasses.dataclass(frozen=True)
 class Apart:
     """Another way to compute a term, for as long as it stands alone: from a value in between.
 
@@ -87,8 +103,7 @@ class Term:
 class Affine:
     """The sum of `terms`, of the source itself times `scale` where there is one, and of `shift`.
 
-    Without terms it is an elementwise map of the source, and stays one; or, with `padding`, the source with zeros
-    around it, low and high along each axis, which a convolution takes in.
+    With `view`, it is the view of the source that is scaled. Without terms it is an elementwise map, and stays one.
     """
 
     source: Node
@@ -97,8 +112,13 @@ class Affine:
     terms: tuple[Term, ...] = ()
     scale: Constant | None = None
     shift: Constant | None = None
-    padding: tuple[tuple[int, int], ...] = ()
+    view: View | None = None
     scopes: tuple[str, ...] = ()
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is a view and nothing more."""
+        return self.view is not None and not self.terms and self.shift is None and is_one(self.scale)
 
     @property
     def channel_axis(self) -> int | None:
@@ -127,6 +147,9 @@ class Affine:
         """The sum of two that are affine in one value; None where no single convolution could compute it."""
         if self.source != other.source or self.aval.dtype != other.aval.dtype or self.aval.shape != other.aval.shape:
             return None
+        views = {each.view for each in (self, other) if each.scale is not None}
+        if len(views) > 1:
+            return None
         terms = self.terms + other.terms
         axes = {(term.window.source_axes, term.window.axes) for term in terms}
         if len(axes) > 1:
@@ -139,7 +162,9 @@ class Affine:
         shift = _sum(self.shift, other.shift)
         if terms and shift is not None and shift.vector(len(self.aval.shape), terms[0].window.axes[1]) is None:
             return None
-        return dataclasses.replace(self, terms=terms, scale=scale, shift=shift, scopes=self.scopes + other.scopes)
+        return dataclasses.replace(
+            self, terms=terms, scale=scale, shift=shift, view=next(iter(views), None), scopes=self.scopes + other.scopes
+        )
 
     def _fitting(self, constant: Constant) -> Constant | None:
         """The constant in the rank of the result, where it varies along the channels alone."""
@@ -153,6 +178,11 @@ class Affine:
         return Constant(
             self.aval.shape, constant.dtype, lambda: constant.value, compact=compact, variable=constant.variable
         )
+
+
+def is_one(scale: Constant | None) -> bool:
+    """Whether a scale is known to change nothing."""
+    return scale is not None and not scale.variable and bool(np.all(scale.value == 1))
 
 
 def ones(aval: Any) -> Constant:

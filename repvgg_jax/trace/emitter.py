@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from repvgg_jax.trace.affine import Affine, Node, Term, ones
+from repvgg_jax.trace.affine import Affine, Node, Term, is_one, ones
 from repvgg_jax.trace.constants import Constant, bind
 from repvgg_jax.trace.merge import merge
 from repvgg_jax.trace.program import Operand, Program, convolve, scale_and_shift
@@ -40,7 +40,7 @@ class Emitter:
         self.groups: list[Group] = []
         self.convolved: dict[Node, int] = {}
         self._convolution = convolution
-        self._pads: dict[Any, Node] = {}
+        self._views: dict[Any, Node] = {}
 
     def value(self, node: Node, aval: Any) -> Affine:
         """A value of the program, as the affine map of itself that it is."""
@@ -56,13 +56,11 @@ class Emitter:
 
     def materialized(self, value: Affine) -> Affine:
         """The value as one of the program's own, so that what follows is affine in it."""
-        if value.padding:
-            return self.value(self._padded(value), value.aval)
         if value.terms:
             return self.value(self._convolved(value), value.aval)
-        scale = None if value.scale is None or _is_one(value.scale) else value.scale
+        scale = None if is_one(value.scale) else value.scale
         if scale is None and value.shift is None:
-            return value
+            return value if value.view is None else self.value(self._viewed(value), value.aval)
         scope = _tidy(self.scope)
         given = [
             (constant, name) for constant, name in ((scale, "scale"), (value.shift, "shift")) if constant is not None
@@ -71,20 +69,25 @@ class Emitter:
             lambda source, *rest: [
                 scale_and_shift(source, None if scale is None else rest[0], None if value.shift is None else rest[-1])
             ],
-            [value.source, *(self.program.parameter(constant, f"{scope}/{name}") for constant, name in given)],
+            [self._viewed(value), *(self.program.parameter(constant, f"{scope}/{name}") for constant, name in given)],
             name="scale_and_shift",
         )
         return self.value(node, value.aval)
 
-    def _padded(self, value: Affine) -> Node:
-        key = (value.source, value.padding)
-        if key not in self._pads:
-            config = [(low, high, 0) for low, high in value.padding]
-            zero = np.zeros((), value.aval.dtype)
-            (self._pads[key],) = self.program.add(
-                lambda source: [lax.pad(source, zero, config)], [value.source], name="pad"
-            )
-        return self._pads[key]
+    def _viewed(self, value: Affine) -> Node:
+        view = value.view
+        if view is None:
+            return value.source
+        key = (value.source, view)
+        if key not in self._views:
+            config = [(low, high, 0) for low, high in view.padding]
+
+            def run(source: jax.Array) -> Sequence[jax.Array]:
+                padded = lax.pad(source, np.zeros((), source.dtype), config)
+                return [lax.slice(padded, (0,) * padded.ndim, padded.shape, view.steps)]
+
+            (self._views[key],) = self.program.add(run, [value.source], name="pad")
+        return self._views[key]
 
     def _convolved(self, value: Affine) -> Node:
         scope = _common(value.scopes)
@@ -98,7 +101,7 @@ class Emitter:
         if scale is not None:
             nodes += self.program.add(
                 lambda source, scale: [source * scale],
-                [value.source, self.program.parameter(scale, f"{scope}/scale")],
+                [self._viewed(value), self.program.parameter(scale, f"{scope}/scale")],
                 name="mul",
             )
         total = nodes[0]
@@ -144,10 +147,6 @@ class Emitter:
         operands = [source, *(self.program.parameter(each, f"{scope}/{name}") for name, each in given.items())]
         (node,) = self.program.add(run, operands, name=equation.primitive.name)
         return node
-
-
-def _is_one(scale: Constant) -> bool:
-    return not scale.variable and bool(np.all(scale.value == 1))
 
 
 def _common(scopes: Sequence[str]) -> str:

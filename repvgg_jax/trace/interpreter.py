@@ -79,8 +79,8 @@ class Interpreter:
 
         def write(variables: Sequence[Any], values: Sequence[Value]) -> None:
             for variable, value in zip(variables, values, strict=True):
-                # A value that is read twice is computed once; zeros around one can be taken in twice.
-                if uses[variable] > 1 and isinstance(value, Affine) and not value.padding:
+                # A value that is read twice is computed once; a view of one can be taken in twice.
+                if uses[variable] > 1 and isinstance(value, Affine) and not value.is_view:
                     value = self._emitter.materialized(value)
                 environment[variable] = value
 
@@ -102,8 +102,6 @@ class Interpreter:
             return evaluate(equation, operands)  # type: ignore[arg-type]
         self.convolutions += name == "conv_general_dilated"
         self.multiply_adds += _multiply_adds(equation)
-        if name != "conv_general_dilated":
-            operands = [self._emitter.materialized(o) if isinstance(o, Affine) and o.padding else o for o in operands]
         if name in RULES and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
             shape = equation.outvars[0].aval.shape
             # A sum or product that stretches an operand is no map of its channels.

@@ -40,22 +40,26 @@ def merge(affine: Affine) -> tuple[list[Term], Constant | None]:
 
 
 def _identity(affine: Affine, like: Term) -> Term | None:
-    """The source itself as a 1×1 convolution with the groups of another, where the two have one grid."""
-    window, spatial = like.window, len(like.size)
-    channels = affine.aval.shape[window.axes[1]]
+    """The source itself, or a view of it, as a 1×1 convolution with the groups of another."""
+    window, rank, spatial = like.window, len(affine.aval.shape), len(like.size)
+    padding, strides = ((0, 0),) * spatial, (1,) * spatial
+    if affine.view is not None:
+        along = affine.view.of(window.axes)
+        if along is None:
+            return None
+        padding, strides = along
     if (
-        affine.source_shape != affine.aval.shape
-        or window.source_axes != window.axes
-        or any(step != 1 for step in (*window.strides, *window.source_dilation))
+        window.source_axes != window.axes
         or window.batch_groups != 1
+        or any(step != 1 for step in window.source_dilation)
     ):
         return None
     assert affine.scale is not None
-    vector = affine.scale.vector(len(affine.aval.shape), window.axes[1])
+    vector = affine.scale.vector(rank, window.axes[1])
     assert vector is not None
-    one = identity_kernel(channels, groups=window.groups, size=(1,) * spatial)
+    one = identity_kernel(affine.aval.shape[window.axes[1]], groups=window.groups, size=(1,) * spatial)
     kernel = vector.map(lambda scale: one * scale, shape=one.shape)
-    return Term(kernel, dataclasses.replace(window, padding=((0, 0),) * spatial, dilation=(1,) * spatial))
+    return Term(kernel, dataclasses.replace(window, strides=strides, padding=padding, dilation=(1,) * spatial))
 
 
 def _union(left: Term, right: Term, affine: Affine) -> Term | None:

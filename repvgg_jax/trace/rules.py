@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.trace.affine import Affine, Apart, Term, Window
+from repvgg_jax.trace.affine import Affine, Apart, Term, View, Window, ones
 from repvgg_jax.trace.compose import compose, pixels_read, scale_before
 from repvgg_jax.trace.constants import Constant
 from repvgg_jax.trace.emitter import Emitter
@@ -42,8 +42,8 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
         p["preferred_element_type"],
     )
     term, scopes = Term(canonical, window), (*source.scopes, emitter.scope)
-    if source.padding:
-        widened = _widened(window, source.padding)
+    if source.is_view:
+        widened = _widened(window, source)
         if widened is not None:
             term = Term(canonical, widened)
             return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
@@ -51,7 +51,7 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
         composed = compose(source, term)
         if composed is not None:
             return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
-    else:
+    elif source.view is None:
         before = scale_before(source, term)
         if before is not None:
             term = Term(before[0], window, before[1])
@@ -73,19 +73,40 @@ def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value 
         return None
     if any(low < 0 or high < 0 or between for low, high, between in config):
         return None
-    source = emitter.materialized(source)
-    padding = tuple((int(low), int(high)) for low, high, _ in config)
-    return dataclasses.replace(source, aval=equation.outvars[0].aval, padding=padding)
+    return _view(emitter, equation, source, [(int(low), int(high)) for low, high, _ in config], (1,) * len(config))
 
 
-def _widened(window: Window, padding: Sequence[tuple[int, int]]) -> Window | None:
-    """The window of a convolution that pads for itself."""
-    batch, channel, *spatial = window.source_axes
-    if padding[batch] != (0, 0) or padding[channel] != (0, 0) or any(step != 1 for step in window.source_dilation):
+def _slice(emitter: Emitter, equation: Any, source: Value) -> Value | None:
+    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
+    if not isinstance(source, Affine):
+        return None
+    # What is cropped behind the last element that is read makes no difference; sizes may be symbols.
+    padding = [(-low, high - size) for low, high, size in zip(start, limit, source.aval.shape, strict=True)]
+    if not _is_static(padding):
+        return None
+    steps = equation.params["strides"] or (1,) * len(padding)
+    return _view(emitter, equation, source, padding, tuple(steps))
+
+
+def _view(
+    emitter: Emitter, equation: Any, source: Affine, padding: Sequence[tuple[int, int]], steps: tuple[int, ...]
+) -> Affine:
+    source, aval = emitter.materialized(source), equation.outvars[0].aval
+    return dataclasses.replace(source, aval=aval, scale=ones(aval), view=View(tuple(padding), steps))
+
+
+def _widened(window: Window, source: Affine) -> Window | None:
+    """The window of a convolution that pads or crops for itself."""
+    view = source.view
+    spatial = None if view is None else view.of(window.source_axes)
+    if spatial is None or any(step != 1 for step in (*window.source_dilation, *spatial[1])):
+        return None
+    pads = any(low > 0 or high > 0 for low, high in window.padding)
+    if pads and any(low < 0 or high < 0 for low, high in spatial[0]):
+        # Zeros would stand where the source goes on.
         return None
     both = tuple(
-        (low + padding[axis][0], high + padding[axis][1])
-        for (low, high), axis in zip(window.padding, spatial, strict=True)
+        (low + lower, high + higher) for (low, high), (lower, higher) in zip(window.padding, spatial[0], strict=True)
     )
     return dataclasses.replace(window, padding=both)
 
@@ -186,7 +207,8 @@ RULES: dict[str, Callable[..., Value | None]] = {
     "neg": _negate,
     "convert_element_type": _cast,
     "pad": _pad,
+    "slice": _slice,
     "reduce_window_sum": _pool,
 }
 # Their results have other shapes than their operands.
-STRETCHING = ("conv_general_dilated", "pad", "reduce_window_sum")
+STRETCHING = ("conv_general_dilated", "pad", "reduce_window_sum", "slice")

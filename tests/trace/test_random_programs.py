@@ -10,6 +10,7 @@ from jax import lax
 from repvgg_jax.trace import reparameterize
 
 CHANNELS = 4
+KINDS = ["scale", "shift", "sub", "relu", "neg", "pad", "pool", "slice", *["add"] * 2, *["conv"] * 3]
 
 
 @st.composite
@@ -18,11 +19,7 @@ def instructions(draw):
     count = draw(st.integers(2, 9))
     program = []
     for index in range(count):
-        kind = draw(
-            st.sampled_from(
-                ["conv", "conv", "conv", "scale", "shift", "add", "add", "sub", "relu", "neg", "pad", "pool"]
-            )
-        )
+        kind = draw(st.sampled_from(KINDS))
         operand = st.integers(max(0, index - 3), index)
         setting = {
             "conv": st.fixed_dictionaries(
@@ -81,6 +78,8 @@ def run(program, v, x):
             y = a if a.shape != b.shape else a + b if kind == "add" else a - b
         elif kind == "pad":
             y = jnp.pad(a, ((0, 0), (1, 2), (0, 1), (0, 0)))
+        elif kind == "slice" and min(a.shape[1:3]) > 3:
+            y = a[:, 1:, ::2] if index % 2 else a[:, ::2, ::2]
         elif kind == "pool" and min(a.shape[1:3]) > 2:
             y = lax.reduce_window(a, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "SAME") / 4
         else:

@@ -355,3 +355,35 @@ def test_keys_among_the_variables_are_no_hindrance():
     fused = reparameterize(lambda state, x: nnx.merge(graph, state)(x), state, images)
     np.testing.assert_allclose(fused(fused.params, images), nnx.merge(graph, state)(images), atol=1e-12)
     assert len(fused.params) == 2
+
+
+def test_an_evenly_spaced_part_of_a_value_is_an_identity_kernel_beside_a_strided_convolution():
+    rng = np.random.default_rng(0)
+    v = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 3, 3))), "scale": jnp.asarray(rng.uniform(1, 2, 3))}
+
+    def strided(x, kernel, padding=((1, 1), (1, 1))):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    for first, convolutions in ((0, 1), (1, 1)):
+        _, after = compare(
+            lambda v, x, first=first: strided(x, v["kernel"]) + x[:, first::2, first::2] * v["scale"], v, (2, 6, 8, 3),
+            any_size=True,
+        )  # fmt: skip
+        assert (after["conv_general_dilated"], after["mul"], after["slice"]) == (convolutions, 0, 0)
+    # A part that no tap of the kernel reads, and one on another grid, stay what they are.
+    for part in (
+        lambda x: jnp.pad(x, ((0, 0), (4, 0), (4, 0), (0, 0)))[:, ::2, ::2][:, :3, :4],
+        lambda x: x[:, :3, :4],
+    ):
+        _, after = compare(lambda v, x, part=part: strided(x, v["kernel"]) + part(x), v, (2, 6, 8, 3))
+        assert after["conv_general_dilated"] == 1
+        assert after["add"] == 1
+
+
+def test_a_padded_convolution_of_a_part_does_not_see_the_rest():
+    v = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 3, 2)))}
+    for padding, slices in (("SAME", 1), ("VALID", 0)):
+        _, after = compare(
+            lambda v, x, padding=padding: convolve(x[:, 1:-1, 2:], v["kernel"], padding), v, (2, 7, 8, 3), any_size=True
+        )
+        assert after["slice"] + after["pad"] == 2 * slices
