@@ -64,7 +64,7 @@ def draw_scenes(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     masks = jnp.where(square, 2, jnp.where(disk, 1, 0))
     colour = jax.random.uniform(colours, (count, 3, 3), minval=-1, maxval=1)
     images = colour[jnp.arange(count)[:, None, None], masks]
-    return images + 0.3 * jax.random.normal(noise, images.shape), masks
+    return images + 0.15 * jax.random.normal(noise, images.shape), masks
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -85,7 +85,7 @@ def train_step(model, optimizer, variables, state, key):
 class Settings:
     """Train a segmentation network on drawn scenes, fuse its backbone, and compare the two forms."""
 
-    steps: int = 150
+    steps: int = 400
     """Training steps, 16 scenes each."""
     picture: str = "segmentation.png"
     """Where to draw four scenes, their classes and what both forms see in them."""
@@ -106,7 +106,7 @@ def main(settings: Settings) -> int:
     state = optimizer.init(variables["params"])
     for step in range(settings.steps):
         variables, state, loss = train_step(model, optimizer, variables, state, jax.random.key(step + 1))
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {loss:.4f}")
 
     deploy_model = Segmenter(backbone.clone(deploy=True))

@@ -75,6 +75,7 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 
 # python train.py cifar10_cpu --data-dir DIR
 # Two CPU cores, an hour and a half. A0's depths at half its width; Muon and a whitened stem make few epochs go far.
+# On the copy in JPEG: 87.37 %, one seed, 91 minutes.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
