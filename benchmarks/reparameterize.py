@@ -86,13 +86,12 @@ def measure(name: str, *, batch: int, side: int, turns: int, repeats: int) -> tu
             if turn:
                 run.append(1000 * (time.perf_counter() - start) / repeats)
     before, after = map(statistics.median, times)
-    counts = [line.split()[-2:] for line in fused.report().splitlines()[2:5]]
-    scale = [[int(figure.replace(",", "")) for figure in pair] for pair in counts]
+    convolutions, multiply_adds, elements = fused.totals.values()
     return (
         name,
-        " → ".join(f"{figure}" for figure in scale[0]),
-        " → ".join(f"{figure / 1e9 / batch:.2f}" for figure in scale[1]),
-        " → ".join(f"{figure / 1e6:.2f}" for figure in scale[2]),
+        f"{convolutions.before} → {convolutions.after}",
+        f"{multiply_adds.before / 1e9 / batch:.2f} → {multiply_adds.after / 1e9 / batch:.2f}",
+        f"{elements.before / 1e6:.2f} → {elements.after / 1e6:.2f}",
         f"{error(name, 64, np.float64):.0e}",
         f"{error(name, 64, np.float32):.0e}",
         f"{seconds:.1f}",

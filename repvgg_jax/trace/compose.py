@@ -87,7 +87,12 @@ def compose(inner: Affine, outer: Term) -> Term | None:
             first.kernel,
             shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
         )
-    elif all(size == 1 for size in second.size) and all(step == 1 for step in b.strides) and not _pads(b):
+    elif (
+        all(size == 1 for size in second.size)
+        and all(step == 1 for step in b.strides)
+        and not _pads(b)
+        and not _crops(b)
+    ):
         window = dataclasses.replace(a, axes=b.axes)
         kernel = first.kernel.map(
             lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),

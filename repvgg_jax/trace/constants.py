@@ -132,8 +132,13 @@ def _bind(equation: Any, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         try:
             with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
                 return _on_host(equation, values, lifted)
-        except (TypeError, ValueError, NotImplementedError):
-            pass
+        except (TypeError, ValueError):
+            # A primitive that fixes its dtypes by other means.
+            return _as_declared(equation, values)
+    return _as_declared(equation, values)
+
+
+def _as_declared(equation: Any, values: Sequence[np.ndarray]) -> list[np.ndarray]:
     declared = [value.astype(v.aval.dtype) for value, v in zip(values, equation.invars, strict=True)]
     return _on_host(equation, declared, equation.params)
 

@@ -82,9 +82,9 @@ class Emitter:
         if key not in self._views:
             config = [(low, high, 0) for low, high in view.padding]
 
-            def run(source: jax.Array) -> Sequence[jax.Array]:
-                padded = lax.pad(source, np.zeros((), source.dtype), config)
-                return [lax.slice(padded, (0,) * padded.ndim, padded.shape, view.steps)]
+            def run(x: jax.Array) -> Sequence[jax.Array]:
+                x = lax.pad(x, np.zeros((), x.dtype), config)
+                return [x if set(view.steps) == {1} else lax.slice(x, (0,) * x.ndim, x.shape, view.steps)]
 
             (self._views[key],) = self.program.add(run, [value.source], name="pad")
         return self._views[key]

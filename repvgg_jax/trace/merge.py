@@ -85,10 +85,8 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
             return None
         first_a, first_b = (low - low_a) // dilation, (low - low_b) // dilation
         size = max(first_a + n, first_b + m)
-        high = next(
-            (high for own, at, high in ((n, low_a, high_a), (m, low_b, high_b)) if (own, at) == (size, low)),
-            _needed(affine, a, axis, low, (size - 1) * dilation),
-        )
+        own = [high for n, at, high in ((n, low_a, high_a), (m, low_b, high_b)) if (n, at) == (size, low)]
+        high = own[0] if own else _high(affine, a, axis, low, (size - 1) * dilation)
         sizes.append(size)
         padding.append((low, high))
         dilations.append(dilation)
@@ -104,11 +102,12 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
     return Term(kernels[0].map(np.add, kernels[1], shape=kernels[0].shape), window, bias)
 
 
-def _needed(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
-    """Padding behind the source that the last window reads, never less than nothing."""
-    outputs = affine.aval.shape[window.axes[2 + axis]]
+def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
+    """Padding behind the source for as many windows as there are; none, if that gives as many."""
+    outputs, stride = affine.aval.shape[window.axes[2 + axis]], window.strides[axis]
     length = affine.source_shape[window.source_axes[2 + axis]]
-    return max(0, (outputs - 1) * window.strides[axis] - low + reach - (length - 1))
+    least = (outputs - 1) * stride - low + reach - (length - 1)
+    return max(least, min(0, least + stride - 1))
 
 
 def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Constant:

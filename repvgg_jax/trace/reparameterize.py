@@ -12,7 +12,7 @@ import numpy as np
 from repvgg_jax.ops import conv_general_dilated
 from repvgg_jax.trace.constants import Constant
 from repvgg_jax.trace.interpreter import Interpreter
-from repvgg_jax.trace.report import describe
+from repvgg_jax.trace.report import Change, describe, totals
 
 
 class Reparameterized:
@@ -67,10 +67,15 @@ class Reparameterized:
         outputs = program.run([params[name] for name in program.names], jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, outputs)
 
+    @property
+    def totals(self) -> dict[str, Change]:
+        """'convolutions', 'multiply-adds' (for the inputs it was made with) and 'array elements', before and after."""
+        before = sum(int(np.prod(variable.shape)) for variable in self._variables)
+        return totals(self._first, Change(before, sum(param.size for param in self.params.values())))
+
     def report(self) -> str:
         """What was merged, what was left and why; convolutions, multiply-adds and array elements before and after."""
-        before = sum(int(np.prod(variable.shape)) for variable in self._variables)
-        return describe(self._first, before, sum(param.size for param in self.params.values()))
+        return describe(self._first, self.totals)
 
     def _interpreted(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
         """The program for inputs of these shapes; values are needed for the first alone."""

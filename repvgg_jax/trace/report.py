@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from tabulate import tabulate
 
 from repvgg_jax.trace.interpreter import Interpreter
 
 
-def describe(interpreter: Interpreter, parameters_before: int, parameters_after: int) -> str:
+class Change(NamedTuple):
+    """A figure before and after."""
+
+    before: int
+    after: int
+
+
+def totals(interpreter: Interpreter, elements: Change) -> dict[str, Change]:
+    """Convolutions, multiply-adds and array elements, before and after."""
+    steps = interpreter.program.steps
+    convolutions = sum(step.name == "conv_general_dilated" for step in steps)
+    return {
+        "convolutions": Change(interpreter.convolutions, convolutions),
+        "multiply-adds": Change(interpreter.multiply_adds, sum(step.multiply_adds for step in steps)),
+        "array elements": elements,
+    }
+
+
+def describe(interpreter: Interpreter, figures: Mapping[str, Change]) -> str:
     """Tables of the totals and of the groups, and the notes."""
-    program = interpreter.program
-    convolutions = [step for step in program.steps if step.name == "conv_general_dilated"]
-    totals = [
-        ("convolutions", interpreter.convolutions, len(convolutions)),
-        ("multiply-adds", interpreter.multiply_adds, sum(step.multiply_adds for step in program.steps)),
-        ("array elements", parameters_before, parameters_after),
-    ]
-    lines = [
-        tabulate(
-            [(name, f"{a:,}", f"{b:,}") for name, a, b in totals],
-            ("", "before", "after"),
-            colalign=("left", "right", "right"),
-        )
-    ]
+    rows = [(name, f"{change.before:,}", f"{change.after:,}") for name, change in figures.items()]
+    lines = [tabulate(rows, ("", "before", "after"), colalign=("left", "right", "right"))]
     merged = [group for group in interpreter.groups if group.before > group.after]
     if merged:
-        rows = [(group.scope, group.before, group.after) for group in merged]
-        lines.append(tabulate(rows, ("merged", "convolutions before", "after")))
+        lines.append(tabulate(merged, ("merged", "convolutions before", "after")))
     lines += interpreter.notes
     return "\n\n".join(lines)

@@ -152,6 +152,8 @@ def _require_fitting(parsed: _FuseArguments, weights: bool) -> None:
 
 
 def _fuse_weights(parsed: _FuseArguments) -> None:
+    if parsed.class_names and not parsed.class_names.is_file():
+        raise FileNotFoundError(f"{parsed.class_names} does not exist: expected a text file, one class name a line")
     output = parsed.output or parsed.source.with_suffix(".deploy.safetensors")
     found = fuse_weights(
         parsed.source,

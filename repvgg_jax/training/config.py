@@ -146,6 +146,7 @@ class TrainConfig:
             self.whiten_stem,
             "False, since init_from gives the stem its weights",
         )
+        _require(not self.whiten_stem or self.image_size >= 3, "image_size", self.image_size, "at least 3 to whiten")
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
         _require(

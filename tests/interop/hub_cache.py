@@ -20,12 +20,12 @@ CONFIG = {
 }
 
 
-def write_hub_cache(directory, model, variables):
+def write_hub_cache(directory, model, variables, **config):
     """Lay A0 down as huggingface_hub does, so that it takes the files for its own."""
     repository = directory / "models--timm--repvgg_a0.rvgg_in1k"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    (snapshot / "config.json").write_text(json.dumps(CONFIG))
+    (snapshot / "config.json").write_text(json.dumps({**CONFIG, **config}))
     safetensors.numpy.save_file(to_state_dict(model, variables, "timm"), snapshot / "model.safetensors")

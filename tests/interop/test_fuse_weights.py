@@ -78,6 +78,10 @@ def test_a_wrong_fold_is_refused_and_nothing_is_written(weights, tmp_path, monke
         ([], "variant is None: expected that of"),
         (["--variant", "repvgg_a1"], "is not repvgg_a1: the state dict (timm layout) does not fit"),
         (["--variant", "repvgg_a0", "--data-dir", "x"], "is a file: expected data_dir with a run directory alone"),
+        (
+            ["--variant", "repvgg_a0", "--class-names", "missing.txt"],
+            "missing.txt does not exist: expected a text file",
+        ),
         (["--variant", "repvgg_a0", "--check-only", "--export", "onnx"], "export and check_only are both given"),
     ],
 )

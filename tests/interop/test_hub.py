@@ -47,6 +47,12 @@ def test_another_classifier_is_initialised_for_other_classes(variables, cache):
     chex.assert_trees_all_equal(found.variables["params"]["stem"], variables["params"]["stem"])
 
 
+def test_names_of_classes_are_taken_where_the_repository_has_them(variables, tmp_path):
+    names = ["cat", "dog", "fish", "bird", "frog"]
+    write_hub_cache(tmp_path, create_model("repvgg_a0", num_classes=5), variables, label_names=names)
+    assert load_pretrained("repvgg_a0", cache_dir=tmp_path).preprocess.class_names == tuple(names)
+
+
 def test_what_is_not_in_the_cache_cannot_be_had_offline(tmp_path):
     with pytest.raises(ConnectionError, match=r"cannot fetch config.json of https://huggingface.co/timm/repvgg_b1g4"):
         load_pretrained("repvgg_b1g4", cache_dir=tmp_path)

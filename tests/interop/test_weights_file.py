@@ -116,7 +116,7 @@ class Attack:
 @pytest.fixture(scope="module")
 def torch():
     """PyTorch itself, where it is installed: the extra `[bench]`."""
-    return pytest.importorskip("torch")
+    return pytest.importorskip("torch", reason="PyTorch alone writes its own files: pip install -e '.[bench]'")
 
 
 def save_torch(torch, path, published, **around):

@@ -79,7 +79,7 @@ def run(program, v, x):
         elif kind == "pad":
             y = jnp.pad(a, ((0, 0), (1, 2), (0, 1), (0, 0)))
         elif kind == "slice" and min(a.shape[1:3]) > 3:
-            y = a[:, 1:, ::2] if index % 2 else a[:, ::2, ::2]
+            y = (a[:, 1:, ::2], a[:, ::2, ::2], a[:, :-1, 1:-1])[index % 3]
         elif kind == "pool" and min(a.shape[1:3]) > 2:
             y = lax.reduce_window(a, 0.0, lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "SAME") / 4
         else:
@@ -97,7 +97,7 @@ def check(program):
             assert expected.shape == found.shape
             scale = max(1.0, float(jnp.abs(expected).max()))
             np.testing.assert_allclose(found, expected, atol=1e-12 * scale, rtol=0)
-    before, after = (int(n.replace(",", "")) for n in fused.report().splitlines()[3].split()[-2:])
+    before, after = fused.totals["multiply-adds"]
     assert after <= before
 
 

@@ -72,6 +72,11 @@ def test_a_run_begins_with_a_whitened_stem_and_the_same_data(tiny, tmp_path):
     assert float(jnp.abs(plain.state.params["stem"]["branch_1x1"]["bn"]["scale"]).min()) > 0.99
 
 
+def test_images_smaller_than_a_patch_are_not_whitened(tiny):
+    with pytest.raises(ValueError, match="image_size is 2: expected at least 3 to whiten"):
+        dataclasses.replace(tiny, whiten_stem=True, image_size=2)
+
+
 def test_a_stem_that_comes_with_weights_is_not_whitened(tiny):
     with pytest.raises(ValueError, match="whiten_stem is True: expected False, since init_from"):
         dataclasses.replace(tiny, whiten_stem=True, init_from="somewhere")
