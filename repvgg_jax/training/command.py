@@ -21,7 +21,7 @@ from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format, describe, export_deploy
+from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
 from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
@@ -139,8 +139,7 @@ def fuse_command(arguments: list[str]) -> int:
 
 def _require_fitting(parsed: _FuseArguments, weights: bool) -> None:
     """See that the arguments go together, and that none is given which says nothing about such a source."""
-    if parsed.export and parsed.check_only:
-        raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
+    require_writing(parsed.export, parsed.check_only)
     if weights and parsed.variant is None:
         raise ValueError(f"variant is None: expected that of {parsed.source}, e.g. --variant repvgg_a0")
     others = ("data_dir",) if weights else ("variant", "output", "class_names", "image_size", "strides")

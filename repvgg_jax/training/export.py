@@ -68,6 +68,12 @@ def export_deploy(
     return found
 
 
+def require_writing(formats: Sequence[Format], check_only: bool) -> None:
+    """Raise a ValueError where something is to be exported and nothing to be written."""
+    if formats and check_only:
+        raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
+
+
 def describe(exported: Mapping[Path, Agreement]) -> str:
     """What `export_deploy` found, a line for each file."""
     return "\n".join(

@@ -69,12 +69,13 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
     """
     schedule = learning_rate_schedule(config, steps_per_epoch)
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
-    rest = optax.chain(
+    rest = [
         optax.add_decayed_weights(config.weight_decay, mask=partial(weight_decay_mask, frozen=config.frozen)),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
-    )
+    ]
     if not config.muon_learning_rate:
-        return optax.chain(*clip, rest)
+        # One chain: its state is the tree that checkpoints hold.
+        return optax.chain(*clip, *rest)
     factor = config.muon_learning_rate / config.peak_learning_rate
     kernels = contrib.muon(
         lambda step: factor * schedule(step),
@@ -84,7 +85,7 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
         weight_decay_mask=partial(weight_decay_mask, frozen=config.frozen),
         muon_weight_dimension_numbers=partial(jax.tree.map, lambda _: contrib.MuonDimensionNumbers((0, 1, 2), 3)),
     )
-    return optax.chain(*clip, optax.partition({"muon": kernels, "sgd": rest}, _muon_or_sgd))
+    return optax.chain(*clip, optax.partition({"muon": kernels, "sgd": optax.chain(*rest)}, _muon_or_sgd))
 
 
 def _muon_or_sgd(params: Any) -> Any:

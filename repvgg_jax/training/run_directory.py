@@ -19,7 +19,7 @@ from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format, describe, export_deploy
+from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
 from repvgg_jax.training.files import write_whole
 from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
@@ -157,8 +157,7 @@ def fuse_run(
       workdir: a directory that `train.py` wrote.
       data_dir: where the data set lies now, if it has moved.
       check_only: verify without writing.
-      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`. None with
-        `check_only`.
+      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
       with_preprocess: of the exported files.
 
     Returns:
@@ -170,6 +169,7 @@ def fuse_run(
         else.
       ImportError: the extra of a format is not installed.
     """
+    require_writing(export, check_only)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
     config = TrainConfig.load(workdir / "config.json")
@@ -186,7 +186,7 @@ def fuse_run(
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
     comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
-    if not export or check_only:
+    if not export:
         return comparison
     path = workdir / "deploy.safetensors"
     exported = export_deploy(path, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)

@@ -111,3 +111,14 @@ def test_muon_moves_kernels_by_orthogonal_matrices_and_leaves_the_rest_to_sgd():
         np.asarray(found["sgd"]["stem"]["branch_3x3"]["conv"]["kernel"]).reshape(36, 6), compute_uv=False
     )
     assert plain.max() / plain.min() > 20
+
+
+def test_the_state_without_muon_is_the_tree_that_earlier_checkpoints_hold():
+    """(clip,) decay, SGD's (momentum, schedule) in one chain: another tree could not resume a run or fuse it."""
+    params = {"head": {"kernel": jnp.ones((2, 2))}}
+    for clip in (0.0, 1.0):
+        state = create_optimizer(TrainConfig(grad_clip_norm=clip), steps_per_epoch=1).init(params)
+        assert len(state) == (3 if clip else 2)
+        trace, schedule = state[-1]
+        assert trace.trace["head"]["kernel"].shape == (2, 2)
+        assert schedule.count.shape == ()
