@@ -56,6 +56,10 @@ class Constant:
             self._compute = None
         return self._value
 
+    def forget(self) -> None:
+        """Drop the value, once all that depends on it is computed; the shapes are kept."""
+        self._value = None
+
     def map(self, function: Callable[..., np.ndarray], *others: Constant, shape: Sequence[int]) -> Constant:
         """The constant `function(self.value, *(other.value …))`, of this dtype."""
         variable = any(each.variable for each in (self, *others))

@@ -106,8 +106,11 @@ class Program:
         self.names = [self.names[old] for old in order]
 
     def values(self) -> list[np.ndarray]:
-        """The parameters, computed in float64 and rounded once."""
-        return [constant.value.astype(constant.dtype) for constant in self.constants]
+        """The parameters, computed in float64 and rounded once; they can be had once."""
+        values = [constant.value.astype(constant.dtype) for constant in self.constants]
+        for constant in self.constants:
+            constant.forget()
+        return values
 
     def run(self, parameters: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs."""
