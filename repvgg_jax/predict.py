@@ -88,7 +88,8 @@ def predict(
 
 def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
     try:
-        return fit(read_image(path, preprocess.channels), preprocess.image_size, preprocess.eval_resize)
+        image = read_image(path, preprocess.channels)
+        return fit(image, preprocess.image_size, preprocess.eval_resize, preprocess.interpolation)
     except (OSError, ValueError) as error:
         return str(error)
 

@@ -29,7 +29,7 @@ def place(tmp_path_factory):
         "repvgg_a0", num_classes=5, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, strides=(1, 1, 2, 2, 1)
     )
     model, variables = fuse_model(model, random_variables(model, dtype=np.float32))
-    preprocess = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, NAMES)
+    preprocess = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, NAMES, "bicubic")
     save_deploy(place / "deploy.safetensors", "repvgg_a0", model, variables, preprocess)
     random = np.random.default_rng(0)
     (place / "images" / "more").mkdir(parents=True)
@@ -44,7 +44,8 @@ def place(tmp_path_factory):
 def expected(deployed, path):
     """By the plain way: one image, `apply`, softmax."""
     preprocess = deployed.preprocess
-    pixels = fit(read_image(path, 3), preprocess.image_size, preprocess.eval_resize)[None]
+    image = read_image(path, 3)
+    pixels = fit(image, preprocess.image_size, preprocess.eval_resize, "bicubic")[None]
     images = ((pixels / 255 - preprocess.mean) / preprocess.std).astype(np.float32)
     probabilities = np.asarray(
         jax.nn.softmax(deployed.model.apply(deployed.variables, jnp.asarray(images), train=False))

@@ -52,13 +52,14 @@ def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(_to_pil(image).convert(mode)).reshape(*image.shape[:2], channels)
 
 
-def fit(image: np.ndarray, image_size: int, resize: int | None = None) -> np.ndarray:
-    """Resizes the shorter side to `resize` (bilinear, antialiased), then crops the centre square.
+def fit(image: np.ndarray, image_size: int, resize: int | None = None, interpolation: str = "bilinear") -> np.ndarray:
+    """Resizes the shorter side to `resize` (antialiased), then crops the centre square.
 
     Args:
       image: uint8 `(H, W, C)`.
       image_size: side of the result.
       resize: length of the shorter side before the crop, at least `image_size`; `image_size` when None.
+      interpolation: of the resizing, by Pillow's name in small letters, e.g. 'bicubic'.
 
     Returns:
       uint8 `(image_size, image_size, C)`; the very same array where nothing is to be done.
@@ -75,16 +76,21 @@ def fit(image: np.ndarray, image_size: int, resize: int | None = None) -> np.nda
         height, width = (
             (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
         )
-        image = resize_image(image, (height, width))
+        image = resize_image(image, (height, width), interpolation=interpolation)
     if (height, width) == (image_size, image_size):
         return image
     top, left = round((height - image_size) / 2), round((width - image_size) / 2)
     return image[top : top + image_size, left : left + image_size]
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def resize_image(
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int] | None = None,
+    interpolation: str = "bilinear",
+) -> np.ndarray:
     """Resizes uint8 `(H, W, C)`, or its `box` (left, top, right, bottom), to `size` (height, width)."""
-    resized = _to_pil(image).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+    resized = _to_pil(image).resize(size[::-1], Image.Resampling[interpolation.upper()], box=box)
     return np.asarray(resized).reshape(*size, image.shape[-1])
 
 

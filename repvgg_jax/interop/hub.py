@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.interop.preprocess import Interpolation, Preprocess
 from repvgg_jax.interop.weights_file import load_weights
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.variants import canonical_name
@@ -112,6 +112,12 @@ def _download(repository: str, name: str, revision: str, cache_dir: str | Path |
 def _preprocess(config: dict[str, Any], class_names: tuple[str, ...]) -> Preprocess:
     """From timm's `pretrained_cfg`."""
     channels, size, _ = config["input_size"]
+    interpolation = config.get("interpolation", "bilinear")
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(
+            f"the images of these weights are resized by {interpolation!r} interpolation: expected one of "
+            f"{', '.join(get_args(Interpolation))}; use load_weights and prepare the images yourself"
+        )
     return Preprocess(
         image_size=size,
         channels=channels,
@@ -119,4 +125,5 @@ def _preprocess(config: dict[str, Any], class_names: tuple[str, ...]) -> Preproc
         std=tuple(config["std"]),
         eval_resize=round(size / config["crop_pct"]),
         class_names=class_names,
+        interpolation=interpolation,
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Preprocess:
       std: channel standard deviations in [0, 1] units.
       eval_resize: the shorter side is resized to this before the centre crop; None resizes to `image_size`.
       class_names: one name for each logit.
+      interpolation: of the resizing.
     """
 
     image_size: int
@@ -25,6 +29,7 @@ class Preprocess:
     std: tuple[float, ...]
     eval_resize: int | None
     class_names: tuple[str, ...]
+    interpolation: Interpolation = "bilinear"
 
 
 def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224) -> Preprocess:

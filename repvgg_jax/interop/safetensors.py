@@ -43,8 +43,8 @@ def save_deploy(
 
     Tensors are named by their path, `stage1_block1.reparam.kernel`, in this package's layouts (HWIO). The metadata
     are strings: `variant`, `num_classes`, `class_names`, `strides`, `dilations`, `depths`, `width_multiplier`,
-    `image_size`, `channels`, `mean`, `std`, `eval_resize`, `epsilon` (of the norms that were folded), and `versions`;
-    all but `format` and `variant` are JSON.
+    `image_size`, `channels`, `mean`, `std`, `eval_resize`, `interpolation`, `epsilon` (of the norms that were folded),
+    and `versions`; all but `format` and `variant` are JSON.
 
     Args:
       path: of the file.
@@ -122,8 +122,9 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
         width_multiplier=fields["width_multiplier"],
         epsilon=fields["epsilon"],
     )
-    # Files from before networks could be dilated do not say that theirs is not.
+    # Earlier files say nothing of dilations and of interpolation: they have the defaults.
     model = model.clone(dilations=tuple(fields.get("dilations", model.dilations)))
+    fields.setdefault("interpolation", "bilinear")
     values: dict[str, Any] = {field.name: fields[field.name] for field in dataclasses.fields(Preprocess)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     preprocess = Preprocess(**values)

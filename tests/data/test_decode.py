@@ -71,6 +71,15 @@ def test_other_channel_counts_are_refused():
         convert_channels(noise(2, 2, 3), 2)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_are_resized_by_the_interpolation_asked_for(interpolation):
+    image = noise(12, 18, 3)
+    expected = Image.fromarray(image).resize((15, 10), Image.Resampling[interpolation.upper()])
+    other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
+    assert np.array_equal(fit(image, 10, 10, interpolation), np.asarray(expected)[:, 2:12])
+    assert not np.array_equal(fit(image, 10, 10, other), np.asarray(expected)[:, 2:12])
+
+
 def test_an_image_of_the_right_size_is_passed_through():
     image = noise(8, 8, 3)
     assert fit(image, 8) is image

@@ -7,7 +7,7 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.interop.hub import load_pretrained
-from tests.interop.hub_cache import COMMIT, write_hub_cache
+from tests.interop.hub_cache import COMMIT, CONFIG, write_hub_cache
 from tests.random_variables import random_variables
 
 
@@ -45,6 +45,17 @@ def test_another_classifier_is_initialised_for_other_classes(variables, cache):
     assert found.variables["params"]["head"]["kernel"].shape == (1280, 3)
     assert found.preprocess.class_names == ("class 0", "class 1", "class 2")
     chex.assert_trees_all_equal(found.variables["params"]["stem"], variables["params"]["stem"])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "nearest"])
+def test_the_interpolation_of_the_images_travels_with_the_weights_or_is_refused(variables, tmp_path, interpolation):
+    config = {**CONFIG["pretrained_cfg"], "interpolation": interpolation}
+    write_hub_cache(tmp_path, create_model("repvgg_a0", num_classes=5), variables, pretrained_cfg=config)
+    if interpolation == "bicubic":
+        assert load_pretrained("repvgg_a0", cache_dir=tmp_path).preprocess.interpolation == "bicubic"
+    else:
+        with pytest.raises(ValueError, match=r"'nearest' interpolation: expected one of bilinear, bicubic"):
+            load_pretrained("repvgg_a0", cache_dir=tmp_path)
 
 
 def test_names_of_classes_are_taken_where_the_repository_has_them(variables, tmp_path):

@@ -8,7 +8,7 @@ from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
 from tests.random_variables import random_images, random_variables
 
-PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "dog", "fish", "bird", "frog"))
+PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "dog", "fish", "bird", "frog"), "bicubic")
 
 
 @pytest.fixture
@@ -35,14 +35,16 @@ def test_a_saved_file_alone_gives_back_model_weights_and_preprocessing(deployed)
     )
 
 
-def test_a_file_from_before_dilation_is_of_a_network_without_it(tmp_path):
+def test_earlier_files_are_of_networks_without_dilation_and_of_bilinear_images(tmp_path):
     model = create_model("repvgg_a0", num_classes=5, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, deploy=True)
     path = tmp_path / "deploy.safetensors"
     save_deploy(path, "repvgg_a0", model, random_variables(model, dtype=np.float32), PREPROCESS)
     with safetensors.safe_open(path, framework="numpy") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != "dilations"}
+        metadata = {key: value for key, value in file.metadata().items() if key not in ("dilations", "interpolation")}
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata)
-    assert load_deploy(path).model == model
+    loaded = load_deploy(path)
+    assert loaded.model == model
+    assert loaded.preprocess.interpolation == "bilinear"
 
 
 def test_metadata_tell_a_reader_without_this_package_what_it_needs(deployed):
