@@ -49,17 +49,18 @@ def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray
     return np.repeat(channels, out // groups, axis=0).T
 
 
-def compose(inner: Affine, outer: Term) -> Term | None:
+def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
     """The one convolution that a convolution of a convolution is.
 
     Args:
       inner: the value between, with terms.
       outer: the convolution that reads it.
+      fewest: convolutions, whatever they cost.
 
     Returns:
       The term, with the way apart kept where that is cheaper; None where no single convolution is exact.
     """
-    terms, scale = merge(inner)
+    terms, scale = merge(inner, fewest)
     if len(terms) != 1 or scale is not None:
         return None
     (first,), second = terms, outer
@@ -112,7 +113,7 @@ def compose(inner: Affine, outer: Term) -> Term | None:
         )
     cost = first.cost * pixels_read(second) + second.cost
     term = Term(kernel, window, through)
-    return term if term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
+    return term if fewest or term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
 
 
 def pixels_read(outer: Term) -> int:

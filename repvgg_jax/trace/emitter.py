@@ -33,9 +33,11 @@ class Emitter:
       scope: of the equation that is read.
       groups: of the convolutions written so far.
       convolved: the channel axis of every value that is a convolution.
+      fewest: convolutions, whatever they cost.
     """
 
-    def __init__(self, convolution: Callable[..., jax.Array]):
+    def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
+        self.fewest = fewest
         self.program, self.scope = Program(), ""
         self.groups: list[Group] = []
         self.convolved: dict[Node, int] = {}
@@ -91,7 +93,7 @@ class Emitter:
 
     def _convolved(self, value: Affine) -> Node:
         scope = _common(value.scopes)
-        terms, scale = merge(value)
+        terms, scale = merge(value, self.fewest)
         axis = terms[0].window.axes[1]
         shift = None if value.shift is None else value.shift.vector(len(value.aval.shape), axis)
         nodes = []

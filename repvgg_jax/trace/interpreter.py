@@ -41,10 +41,10 @@ class Interpreter:
       notes: on what was left, and why.
     """
 
-    def __init__(self, convolution: Callable[..., jax.Array]):
+    def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
         self.convolutions, self.multiply_adds = 0, 0
         self.notes: list[str] = []
-        self._emitter = Emitter(convolution)
+        self._emitter = Emitter(convolution, fewest)
 
     @property
     def program(self) -> Program:

@@ -1,4 +1,4 @@
-"""Which convolutions of one value become one, and which kernel it has: exact, and never more multiply-adds."""
+"""Which convolutions of one value become one, and which kernel it has: exact, and as cheap as before unless asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from repvgg_jax.trace.affine import Affine, Term, Window
 from repvgg_jax.trace.constants import Constant
 
 
-def merge(affine: Affine) -> tuple[list[Term], Constant | None]:
-    """Merge the terms of a sum, as far as that costs nothing.
+def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:
+    """Merge the terms of a sum, as far as that costs nothing, or, for the fewest convolutions, as far as it is exact.
 
     Returns:
       The terms that remain, and what remains of the source itself: its scale, or None.
@@ -22,7 +22,7 @@ def merge(affine: Affine) -> tuple[list[Term], Constant | None]:
     for term in sorted(affine.terms, key=lambda term: -term.cost):
         for index, other in enumerate(merged):
             both = _union(other, term, affine)
-            if both is not None and both.cost <= other.cost + term.cost:
+            if both is not None and (fewest or both.cost <= other.cost + term.cost):
                 merged[index] = both
                 break
         else:
@@ -33,7 +33,7 @@ def merge(affine: Affine) -> tuple[list[Term], Constant | None]:
         own = _identity(affine, term)
         both = None if own is None else _union(term, own, affine)
         # The source alone costs a multiplication for each channel.
-        if both is not None and both.cost <= term.cost + affine.aval.shape[term.window.axes[1]]:
+        if both is not None and (fewest or both.cost <= term.cost + affine.aval.shape[term.window.axes[1]]):
             merged[index] = both
             return merged, None
     return merged, affine.scale

@@ -24,7 +24,7 @@ class Reparameterized:
 
     params: dict[str, jax.Array]
 
-    def __init__(self, function: Callable[..., Any], variables: Any, inputs: Sequence[Any]):
+    def __init__(self, function: Callable[..., Any], variables: Any, inputs: Sequence[Any], fewest: bool):
         leaves, self._structure = jax.tree.flatten(variables)
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
         if traced:
@@ -32,7 +32,7 @@ class Reparameterized:
                 f"{len(traced)} of {len(leaves)} variables are tracers: the fold is computed once, in float64 on the "
                 "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
             )
-        self._function = function
+        self._function, self._fewest = function, fewest
         self._variables = list(map(_abstract, leaves))
         self._read: dict[Any, tuple[Interpreter, Any]] = {}
         self._first, _ = self._interpreted(inputs, leaves)
@@ -90,7 +90,7 @@ class Reparameterized:
         variables = jax.tree.unflatten(self._structure, self._variables)
         trace = jax.make_jaxpr(self._function, return_shape=True)
         closed, shapes = trace(variables, *jax.tree.unflatten(tree, avals))
-        interpreter = Interpreter(conv_general_dilated)
+        interpreter = Interpreter(conv_general_dilated, self._fewest)
 
         def variable(index: int, aval: Any) -> Constant:
             def value() -> np.ndarray:
@@ -109,7 +109,9 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if is_key else jnp.result_type(leaf))
 
 
-def reparameterize(function: Callable[..., Any], variables: Any, *inputs: Any) -> Reparameterized:
+def reparameterize(
+    function: Callable[..., Any], variables: Any, *inputs: Any, fewest_convolutions: bool = False
+) -> Reparameterized:
     """Merge the convolutions of a function, whatever library wrote it.
 
     The function is traced, and read as a program. What does not depend on the inputs is computed once, in float64. What
@@ -122,6 +124,8 @@ def reparameterize(function: Callable[..., Any], variables: Any, *inputs: Any) -
       variables: pytree of arrays.
       inputs: examples of the inputs, arrays or `jax.ShapeDtypeStruct`, in pytrees. Later ones may have other shapes, as
         long as the function takes them.
+      fewest_convolutions: merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as a 3×3, a
+        bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
 
     Returns:
       `fused`, with `fused(fused.params, *inputs)` equal to `function(variables, *inputs)`, and `fused.report()`.
@@ -144,4 +148,4 @@ def reparameterize(function: Callable[..., Any], variables: Any, *inputs: Any) -
       >>> [(name, param.shape) for name, param in fused.params.items()]
       [('convolution/kernel', (1, 1, 3, 3)), ('convolution/bias', (3,))]
     """
-    return Reparameterized(function, variables, inputs)
+    return Reparameterized(function, variables, inputs, fewest_convolutions)

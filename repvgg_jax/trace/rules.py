@@ -48,7 +48,7 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
             term = Term(canonical, widened)
             return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
     elif source.terms:
-        composed = compose(source, term)
+        composed = compose(source, term, emitter.fewest)
         if composed is not None:
             return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
     elif source.view is None:
@@ -139,12 +139,13 @@ def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
         window.preferred,
     )
     ones_term = Term(kernel, outer)
-    composed = compose(source, ones_term)
+    composed = compose(source, ones_term, emitter.fewest)
     if composed is None:
         return None
-    cost = source.terms[0].cost * pixels_read(ones_term)
-    term = dataclasses.replace(composed, apart=Apart(source, equation, None, cost))
-    return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=source.scopes)
+    if not emitter.fewest:
+        cost = source.terms[0].cost * pixels_read(ones_term)
+        composed = dataclasses.replace(composed, apart=Apart(source, equation, None, cost))
+    return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=source.scopes)
 
 
 def _multiply(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:

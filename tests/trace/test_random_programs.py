@@ -91,14 +91,16 @@ def run(program, v, x):
 def check(program):
     v, x = parameters(program), jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 6, CHANNELS)))
     function = lambda v, x: run(program, v, x)  # noqa: E731
-    fused = reparameterize(function, v, x)
+    cheapest, fewest = (reparameterize(function, v, x, fewest_convolutions=asked) for asked in (False, True))
     for batch in (x, x[:1]):
-        for expected, found in zip(function(v, batch), fused(fused.params, batch), strict=True):
-            assert expected.shape == found.shape
-            scale = max(1.0, float(jnp.abs(expected).max()))
-            np.testing.assert_allclose(found, expected, atol=1e-12 * scale, rtol=0)
-    before, after = fused.totals["multiply-adds"]
+        for fused in (cheapest, fewest):
+            for expected, found in zip(function(v, batch), fused(fused.params, batch), strict=True):
+                assert expected.shape == found.shape
+                scale = max(1.0, float(jnp.abs(expected).max()))
+                np.testing.assert_allclose(found, expected, atol=1e-12 * scale, rtol=0)
+    before, after = cheapest.totals["multiply-adds"]
     assert after <= before
+    assert fewest.totals["convolutions"].after <= cheapest.totals["convolutions"].after
 
 
 QUIET = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

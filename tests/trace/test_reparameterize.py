@@ -47,10 +47,10 @@ def drawn(module, shape):
     )
 
 
-def compare(function, variables, shape, dtype=np.float64, any_size=False):
+def compare(function, variables, shape, dtype=np.float64, any_size=False, **options):
     """Merge, compare on the images traced with, on more and on larger ones, and count primitives before and after."""
     images = random_images(shape, dtype)
-    fused = reparameterize(function, variables, images)
+    fused = reparameterize(function, variables, images, **options)
     larger = [(*shape[:1], *(size + 4 for size in shape[1:-1]), shape[-1])] if any_size else []
     for other_shape in (shape, (shape[0] + 1, *shape[1:]), *larger):
         batch = random_images(other_shape, dtype, seed=2)
@@ -158,18 +158,42 @@ def convolve(x, kernel, padding="SAME", **settings):
     )
 
 
-def test_a_merge_that_costs_multiply_adds_is_not_made():
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_merge_that_costs_multiply_adds_is_not_made_unless_asked(asked):
     rng = np.random.default_rng(0)
     v = {"wide": jnp.asarray(rng.normal(size=(1, 3, 4, 4))), "tall": jnp.asarray(rng.normal(size=(3, 1, 4, 4)))}
     # 1×3 and 3×1 are six taps, the 3×3 around them nine.
-    _, after = compare(lambda v, x: convolve(x, v["wide"]) + convolve(x, v["tall"]), v, (2, 6, 6, 4))
-    assert after["conv_general_dilated"] == 2
+    _, after = compare(
+        lambda v, x: convolve(x, v["wide"]) + convolve(x, v["tall"]), v, (2, 6, 6, 4), fewest_convolutions=asked
+    )
+    assert after["conv_general_dilated"] == (1 if asked else 2)
     narrow = {"down": jnp.asarray(rng.normal(size=(1, 1, 8, 2))), "up": jnp.asarray(rng.normal(size=(1, 1, 2, 8)))}
-    _, after = compare(lambda v, x: convolve(convolve(x, v["down"]), v["up"]), narrow, (2, 6, 6, 8))
-    assert after["conv_general_dilated"] == 2
+    _, after = compare(
+        lambda v, x: convolve(convolve(x, v["down"]), v["up"]), narrow, (2, 6, 6, 8), fewest_convolutions=asked
+    )
+    assert after["conv_general_dilated"] == (1 if asked else 2)
     wide = {"up": jnp.asarray(rng.normal(size=(1, 1, 2, 8))), "down": jnp.asarray(rng.normal(size=(1, 1, 8, 2)))}
-    _, after = compare(lambda v, x: convolve(convolve(x, v["up"]), v["down"]), wide, (2, 6, 6, 2))
+    _, after = compare(
+        lambda v, x: convolve(convolve(x, v["up"]), v["down"]), wide, (2, 6, 6, 2), fewest_convolutions=asked
+    )
     assert after["conv_general_dilated"] == 1
+
+    def averaged(v, x):
+        y = convolve(x, v["up"])
+        return jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "VALID") * v["mean"]
+
+    wide["mean"] = jnp.asarray(1 / 9)
+    _, after = compare(averaged, wide, (2, 6, 6, 2), fewest_convolutions=asked)
+    assert after["conv_general_dilated"] == 1
+    assert after["reduce_window_sum"] == (0 if asked else 1)
+    apart = {"each": jnp.asarray(rng.normal(size=(3, 3, 1, 6))), "all": jnp.asarray(rng.normal(size=(1, 1, 6, 6)))}
+    _, after = compare(
+        lambda v, x: convolve(x, v["each"], feature_group_count=6) + convolve(x, v["all"]),
+        apart,
+        (2, 6, 6, 6),
+        fewest_convolutions=asked,
+    )
+    assert after["conv_general_dilated"] == (1 if asked else 2)
 
 
 def test_an_elementwise_map_stays_elementwise():
