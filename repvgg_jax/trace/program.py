@@ -25,7 +25,15 @@ class Parameter:
     dtype: Any
 
 
-Operand = Node | Parameter | np.ndarray
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """An array that the function itself holds, in its compact shape, broadcast to `shape`."""
+
+    value: np.ndarray
+    shape: tuple[int, ...]
+
+
+Operand = Node | Parameter | Given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +69,7 @@ class Program:
     def parameter(self, constant: Constant, name: str) -> Operand:
         """The operand that a constant is; those that no variable enters stay in the program itself."""
         if not constant.variable:
-            value = np.broadcast_to(constant.value, constant.shape)
-            return value.astype(constant.dtype)
+            return Given(constant.value.astype(constant.dtype), constant.shape)
         base = constant.base
         index = self._indices.get(id(base))
         if index is None:
@@ -122,7 +129,7 @@ class Program:
             if isinstance(operand, Parameter):
                 parameter = jnp.asarray(parameters[operand.index], operand.dtype)
                 return jnp.broadcast_to(parameter.reshape(operand.compact), operand.shape)
-            return jnp.asarray(operand)
+            return jnp.broadcast_to(operand.value, operand.shape)
 
         for step in self.steps:
             values.update(zip(step.results, step.run(*map(get, step.operands)), strict=True))

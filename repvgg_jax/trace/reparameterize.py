@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from repvgg_jax.ops import conv_general_dilated
 from repvgg_jax.trace.constants import Constant
@@ -24,7 +25,14 @@ class Reparameterized:
 
     params: dict[str, jax.Array]
 
-    def __init__(self, function: Callable[..., Any], variables: Any, inputs: Sequence[Any], fewest: bool):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        variables: Any,
+        inputs: Sequence[Any],
+        convolution: Callable[..., jax.Array],
+        fewest: bool,
+    ):
         leaves, self._structure = jax.tree.flatten(variables)
         traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
         if traced:
@@ -32,7 +40,7 @@ class Reparameterized:
                 f"{len(traced)} of {len(leaves)} variables are tracers: the fold is computed once, in float64 on the "
                 "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
             )
-        self._function, self._fewest = function, fewest
+        self._function, self._convolution, self._fewest = function, convolution, fewest
         self._variables = list(map(_abstract, leaves))
         self._read: dict[Any, tuple[Interpreter, Any]] = {}
         self._first, _ = self._interpreted(inputs, leaves)
@@ -50,7 +58,7 @@ class Reparameterized:
           What the function returns.
 
         Raises:
-          ValueError: the parameters are not those of this function.
+          ValueError: the parameters are not those of this function, or it needs others for inputs of these shapes.
         """
         interpreter, structure = self._interpreted(inputs, None)
         program = interpreter.program
@@ -83,14 +91,31 @@ class Reparameterized:
         avals = tuple(map(_abstract, flat))
         key = (tree, tuple((aval.shape, aval.dtype) for aval in avals))
         if key not in self._read:
-            self._read[key] = self._interpret(tree, avals, leaves)
+            read = self._interpret(tree, avals, leaves)
+            if leaves is None:
+                self._require_known(read[0])
+            self._read[key] = read
         return self._read[key]
+
+    def _require_known(self, interpreter: Interpreter) -> None:
+        """A program for other inputs must do with the parameters that there are."""
+        ours, theirs = (
+            {name: constant.compact for name, constant in zip(program.names, program.constants, strict=True)}
+            for program in (self._first.program, interpreter.program)
+        )
+        unknown = {name: shape for name, shape in theirs.items() if ours.get(name) != shape}
+        if unknown:
+            raise ValueError(
+                "traced for these inputs, the function folds to parameters that it did not have when it was "
+                f"reparameterized: {', '.join(f'{name} {shape}' for name, shape in unknown.items())}. Reparameterize "
+                "it with inputs of these shapes, and outside of what changes how libraries trace (some exporters do)"
+            )
 
     def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
         variables = jax.tree.unflatten(self._structure, self._variables)
         trace = jax.make_jaxpr(self._function, return_shape=True)
         closed, shapes = trace(variables, *jax.tree.unflatten(tree, avals))
-        interpreter = Interpreter(conv_general_dilated, self._fewest)
+        interpreter = Interpreter(self._convolution, self._fewest)
 
         def variable(index: int, aval: Any) -> Constant:
             def value() -> np.ndarray:
@@ -110,7 +135,11 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def reparameterize(
-    function: Callable[..., Any], variables: Any, *inputs: Any, fewest_convolutions: bool = False
+    function: Callable[..., Any],
+    variables: Any,
+    *inputs: Any,
+    fewest_convolutions: bool = False,
+    ops: Literal["auto", "xla"] = "auto",
 ) -> Reparameterized:
     """Merge the convolutions of a function, whatever library wrote it.
 
@@ -126,12 +155,14 @@ def reparameterize(
         long as the function takes them.
       fewest_convolutions: merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as a 3×3, a
         bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
+      ops: "auto" computes the result by the fast lowerings of `repvgg_jax.ops`, "xla" by XLA's own convolutions, which
+        is what exporters to other formats can read.
 
     Returns:
       `fused`, with `fused(fused.params, *inputs)` equal to `function(variables, *inputs)`, and `fused.report()`.
 
     Raises:
-      ValueError: the variables are tracers.
+      ValueError: the variables are tracers, or `ops` is neither.
 
     References:
       Ding et al., *RepVGG*, CVPR 2021, arXiv:2101.03697, section 3.3, and *Diverse Branch Block*, CVPR 2021,
@@ -148,4 +179,7 @@ def reparameterize(
       >>> [(name, param.shape) for name, param in fused.params.items()]
       [('convolution/kernel', (1, 1, 3, 3)), ('convolution/bias', (3,))]
     """
-    return Reparameterized(function, variables, inputs, fewest_convolutions)
+    if ops not in ("auto", "xla"):
+        raise ValueError(f"ops is {ops!r}: expected 'auto' or 'xla'")
+    convolution = conv_general_dilated if ops == "auto" else lax.conv_general_dilated
+    return Reparameterized(function, variables, inputs, convolution, fewest_convolutions)
