@@ -22,7 +22,7 @@ from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.cluster import is_primary, wait_for_all
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.figures import draw_curves
+from repvgg_jax.training.figures import draw_confusion, draw_curves
 from repvgg_jax.training.initialization import require_same_network, start_from
 from repvgg_jax.training.interruption import Interruption, interruptions
 from repvgg_jax.training.lock import only_run_in
@@ -205,7 +205,7 @@ class _Run:
                     )
                 train_metrics, epoch_metrics = _summarize(epoch_metrics), []
                 self._require_finite(train_metrics["loss"], f"epoch {epoch}")
-                test_metrics = self._evaluate(state)
+                test_metrics, labels, predictions = self._evaluate(state)
                 # The last step's update is in no training loss yet, and must not reach a checkpoint broken.
                 self._require_finite(test_metrics["loss"], f"the end of epoch {epoch}")
                 line = {
@@ -220,9 +220,10 @@ class _Run:
                 log.write(line)
                 if is_primary():
                     bar.write(_epoch_line(line, config.epochs))
-                    # Not after each of many short epochs: drawing takes a fifth of a second.
+                    # Not after each of many short epochs: drawing takes half a second.
                     if time.perf_counter() - drawn > _SECONDS_BETWEEN_PICTURES:
                         draw_curves(workdir / "curves.png", log.history)
+                        draw_confusion(workdir / "confusion.png", labels, predictions, self.dataset.class_names)
                         drawn = time.perf_counter()
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
                     checkpoints.save(state, iterator.get_state(), accuracy=test_metrics["accuracy"])
@@ -299,13 +300,18 @@ class _Run:
                 "such steps out with skip_nonfinite"
             )
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, state: TrainState) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+        """Mean loss and accuracy on the test split, its labels, and what is predicted for them."""
         results = [
             self.eval_step(state.eval_variables, shard_batch(batch, self.mesh))
             for batch in test_batches(self.config, self.dataset)
         ]
         loss, correct, count = (sum(float(r[name]) for r in results) for name in ("loss", "correct", "count"))
-        return {"loss": loss / count, "accuracy": correct / count}
+        masks = [np.asarray(r["mask"]) for r in results]
+        labels = [np.asarray(r["label"])[mask] for r, mask in zip(results, masks, strict=True)]
+        predictions = [np.asarray(r["logits"]).argmax(-1)[mask] for r, mask in zip(results, masks, strict=True)]
+        metrics = {"loss": loss / count, "accuracy": correct / count}
+        return metrics, np.concatenate(labels), np.concatenate(predictions)
 
 
 def _summarize(metrics: EpochMetrics) -> dict[str, float]:

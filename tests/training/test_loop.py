@@ -10,6 +10,7 @@ from PIL import Image
 from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainingDivergedError, fuse_run, loop, train_and_evaluate
+from repvgg_jax.training.figures import draw_confusion
 from repvgg_jax.training.metrics import read_metrics
 
 
@@ -58,6 +59,22 @@ def test_the_deploy_file_classifies_raw_images_as_the_run_did(finished, tiny):
 
 class StopError(Exception):
     pass
+
+
+def test_the_pictures_of_an_unfinished_run_show_its_last_epoch(tiny, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(path, labels, predictions, class_names):
+        drawn.append((len(labels), float(np.mean(labels == predictions)), class_names))
+        draw_confusion(path, labels, predictions, class_names)
+
+    monkeypatch.setattr(loop, "draw_confusion", draw)
+    stop_after_the_first_checkpoint(monkeypatch)
+    with pytest.raises(StopError):
+        train_and_evaluate(tiny, tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    assert drawn == [(360, line["test/accuracy"], tuple("0123456789"))]
+    assert {"curves.png", "confusion.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def stop_after_the_first_checkpoint(patch):
