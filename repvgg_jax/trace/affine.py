@@ -86,16 +86,18 @@ class Term:
 
     def scaled(self, vector: Constant) -> Term:
         """Its result times a constant of each channel."""
-        bias = None if self.bias is None else self.bias.map(np.multiply, vector, shape=self.bias.shape)
+        bias = None if self.bias is None else self.bias.map("multiply", np.multiply, vector, shape=self.bias.shape)
         apart = self.apart
         if apart and isinstance(apart.outer, Term):
             apart = dataclasses.replace(apart, outer=apart.outer.scaled(vector))
         elif apart:
-            scale = (
-                vector if apart.scale is None else apart.scale.map(np.multiply, vector, shape=self.kernel.shape[-1:])
-            )
-            apart = dataclasses.replace(apart, scale=scale)
-        kernel = self.kernel.map(np.multiply, vector, shape=self.kernel.shape)
+            before = apart.scale
+            if before is not None:
+                shape = np.broadcast_shapes(before.shape, vector.shape)
+                apart = dataclasses.replace(apart, scale=before.map("multiply", np.multiply, vector, shape=shape))
+            else:
+                apart = dataclasses.replace(apart, scale=vector)
+        kernel = self.kernel.map("multiply", np.multiply, vector, shape=self.kernel.shape)
         return dataclasses.replace(self, kernel=kernel, bias=bias, apart=apart)
 
 
@@ -176,7 +178,12 @@ class Affine:
         if len(varying) > 1 or (self.terms and varying not in ([], [self.channel_axis])):
             return None
         return Constant(
-            self.aval.shape, constant.dtype, lambda: constant.value, compact=compact, variable=constant.variable
+            self.aval.shape,
+            constant.dtype,
+            lambda: constant.value,
+            recipe=("fit", constant.recipe),
+            compact=compact,
+            variable=constant.variable,
         )
 
 
@@ -191,6 +198,7 @@ def ones(aval: Any) -> Constant:
         aval.shape,
         aval.dtype,
         lambda: np.ones([1] * len(aval.shape)),
+        recipe=("one",),
         compact=[1] * len(aval.shape),
         variable=False,
     )
@@ -202,6 +210,7 @@ def _combine(operation: Any, left: Constant, right: Constant) -> Constant:
         left.shape,
         left.dtype,
         lambda: operation(left.value, right.value),
+        recipe=(operation.__name__, left.recipe, right.recipe),
         compact=compact,
         variable=left.variable or right.variable,
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
-from repvgg_jax.trace.affine import Affine, Apart, Term, Window
+from repvgg_jax.trace.affine import Affine, Apart, Term, Window, is_one
 from repvgg_jax.trace.constants import Constant
 from repvgg_jax.trace.merge import merge
 
@@ -29,15 +28,25 @@ def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None]
         return None
     if window.batch_groups != 1:
         return None
+    if not scale.variable and scale.shape == (1,) and not is_one(source.scale):
+        # A number of the program, not of the variables, is often made of an image's size, as in a mean over it. In the
+        # kernel it would tie the kernel to that size.
+        return None
     kernel = term.kernel.map(
-        lambda kernel, scale: kernel * _by_group(scale, kernel, window.groups), scale, shape=term.kernel.shape
+        "scale before",
+        lambda kernel, scale: kernel * _by_group(scale, kernel, window.groups),
+        scale,
+        shape=term.kernel.shape,
+        by=window.groups,
     )
     if shift is None:
         return kernel, None
     bias = term.kernel.map(
+        "shift before",
         lambda kernel, shift: (kernel * _by_group(shift, kernel, window.groups)).sum(tuple(range(kernel.ndim - 1))),
         shift,
         shape=term.kernel.shape[-1:],
+        by=window.groups,
     )
     return kernel, bias
 
@@ -84,6 +93,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
         )
         window = dataclasses.replace(b, source_axes=a.source_axes, padding=padding)
         kernel = second.kernel.map(
+            "1×1, then k×k",
             lambda second, first: np.einsum("im,...mo->...io", first.reshape(first.shape[-2:]), second),
             first.kernel,
             shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
@@ -96,6 +106,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
     ):
         window = dataclasses.replace(a, axes=b.axes)
         kernel = first.kernel.map(
+            "k×k, then 1×1",
             lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),
             second.kernel,
             shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
@@ -105,6 +116,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
     through = None
     if bias is not None:
         through = second.kernel.map(
+            "bias through",
             lambda kernel, bias: np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1])).sum(
                 tuple(range(kernel.ndim - 2))
             ),
@@ -117,7 +129,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
 
 
 def pixels_read(outer: Term) -> int:
-    """At least so many pixels of the value in between are computed for one pixel of the result.
+    """At least so many pixels of the value in between are computed for one pixel of the result, however small it is.
 
     From the window alone, so that images of every size are merged alike.
     """
@@ -125,7 +137,7 @@ def pixels_read(outer: Term) -> int:
     reach = [(size - 1) * step for size, step in zip(outer.size, window.dilation, strict=True)]
     if any(low + high > span for (low, high), span in zip(window.padding, reach, strict=True)):
         return 0
-    return math.prod(window.strides)
+    return 1
 
 
 def _total_bias(inner: Affine, term: Term) -> Constant | None:
@@ -135,7 +147,7 @@ def _total_bias(inner: Affine, term: Term) -> Constant | None:
         assert shift is not None
     if term.bias is None or shift is None:
         return shift if term.bias is None else term.bias
-    return term.bias.map(np.add, shift, shape=term.bias.shape)
+    return term.bias.map("add", np.add, shift, shape=term.bias.shape)
 
 
 def _pads(window: Window) -> bool:

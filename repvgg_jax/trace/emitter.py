@@ -122,7 +122,7 @@ class Emitter:
                 return self._pooled(value, term, source, shift, scope)
             term = term.apart.outer
         elif term.bias is not None:
-            bias = term.bias if shift is None else term.bias.map(np.add, shift, shape=term.bias.shape)
+            bias = term.bias if shift is None else term.bias.map("add", np.add, shift, shape=term.bias.shape)
         operands: list[Operand] = [source, self.program.parameter(term.kernel, f"{scope}/kernel")]
         if bias is not None:
             operands.append(self.program.parameter(bias, f"{scope}/bias"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,23 +14,21 @@ import numpy as np
 from jax.extend import core
 
 from repvgg_jax.trace.affine import Affine
-from repvgg_jax.trace.constants import Constant, bind, evaluate
+from repvgg_jax.trace.constants import Constant, bind, can_evaluate, evaluate, is_key
 from repvgg_jax.trace.emitter import Emitter, Group
 from repvgg_jax.trace.program import Program
 from repvgg_jax.trace.rules import RULES, STRETCHING, Value
 
-# What these primitives call is part of the function, whatever they say of its gradients or its compilation.
+# What these primitives call is part of the function, whatever they say of its compilation.
 _CALLS = {
     "pjit": "jaxpr",
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "remat": "jaxpr",
     "checkpoint": "jaxpr",
     "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
 }
+_CUSTOM_GRADIENTS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class Interpreter:
@@ -94,12 +93,13 @@ class Interpreter:
         self._emitter.scope = scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
         inner = _called(equation)
         if inner is not None:
-            return self._run(
-                inner.jaxpr, [_given(each) for each in inner.consts], operands[-len(inner.jaxpr.invars) :], scope
-            )
+            # A choice by platform has an operand before those of its branches: the platform.
+            operands = operands[len(operands) - len(inner.jaxpr.invars) :]
+            return self._run(inner.jaxpr, [_given(each) for each in inner.consts], operands, scope)
         name = equation.primitive.name
-        if not equation.effects and all(isinstance(operand, Constant) for operand in operands):
-            return evaluate(equation, operands)  # type: ignore[arg-type]
+        constants = [operand for operand in operands if isinstance(operand, Constant)]
+        if len(constants) == len(operands) and not equation.effects and can_evaluate(equation, constants):
+            return evaluate(equation, constants)
         self.convolutions += name == "conv_general_dilated"
         self.multiply_adds += _multiply_adds(equation)
         if name in RULES and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
@@ -141,25 +141,41 @@ class Interpreter:
 
 
 def _literal(variable: Any) -> Constant:
-    return Constant(np.shape(variable.val), variable.aval.dtype, lambda: np.asarray(variable.val), variable=False)
+    value, aval = variable.val, variable.aval
+    return Constant(np.shape(value), aval.dtype, lambda: value, recipe=("number", repr(value)), variable=False)
 
 
 def _given(value: Any) -> Constant:
     """An array that the function closed over; a parameter, unless it is a single number."""
-    return Constant(np.shape(value), value.dtype, lambda: np.asarray(value), variable=np.size(value) > 1)
+    content = jax.random.key_data(value) if is_key(value.dtype) else value
+    recipe = ("array", hashlib.blake2b(np.asarray(content).tobytes()).hexdigest())
+    return Constant(np.shape(value), value.dtype, lambda: value, recipe=recipe, variable=np.size(value) > 1)
 
 
 def _called(equation: Any) -> Any:
     """The closed jaxpr that an equation does no more than call; None for other equations."""
     name = equation.primitive.name
-    if name in _CALLS:
-        inner = equation.params[_CALLS[name]]
-        return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+    if name in _CALLS or name in _CUSTOM_GRADIENTS:
+        inner = equation.params[(_CALLS | _CUSTOM_GRADIENTS)[name]]
+        inner = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+        # A gradient of its own would be lost; that of a convolution is the convolution's.
+        return inner if name in _CALLS or _convolves(inner.jaxpr) else None
     platforms = equation.params.get("branches_platforms") if name == "cond" else None
     if platforms and None in platforms:
         # Every branch computes the same, each well on its own platform; the default is the plain one.
         return equation.params["branches"][platforms.index(None)]
     return None
+
+
+def _convolves(jaxpr: Any) -> bool:
+    """Whether a convolution stands in it, or in what it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns") and _convolves(inner):
+                return True
+    return False
 
 
 def _multiply_adds(equation: Any) -> int:

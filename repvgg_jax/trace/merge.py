@@ -32,8 +32,7 @@ def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:
     for index, term in enumerate(merged):
         own = _identity(affine, term)
         both = None if own is None else _union(term, own, affine)
-        # The source alone costs a multiplication for each channel.
-        if both is not None and (fewest or both.cost <= term.cost + affine.aval.shape[term.window.axes[1]]):
+        if both is not None and (fewest or both.cost <= term.cost):
             merged[index] = both
             return merged, None
     return merged, affine.scale
@@ -58,7 +57,7 @@ def _identity(affine: Affine, like: Term) -> Term | None:
     vector = affine.scale.vector(rank, window.axes[1])
     assert vector is not None
     one = identity_kernel(affine.aval.shape[window.axes[1]], groups=window.groups, size=(1,) * spatial)
-    kernel = vector.map(lambda scale: one * scale, shape=one.shape)
+    kernel = vector.map("identity kernel", lambda scale: one * scale, shape=one.shape)
     return Term(kernel, dataclasses.replace(window, strides=strides, padding=padding, dilation=(1,) * spatial))
 
 
@@ -98,8 +97,10 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
         for side, term in enumerate((left, right))
     ]
     biases = [term.bias for term in (left, right) if term.bias is not None]
-    bias = biases[0].map(np.add, biases[1], shape=biases[0].shape) if len(biases) == 2 else next(iter(biases), None)
-    return Term(kernels[0].map(np.add, kernels[1], shape=kernels[0].shape), window, bias)
+    bias = (
+        biases[0].map("add", np.add, biases[1], shape=biases[0].shape) if len(biases) == 2 else next(iter(biases), None)
+    )
+    return Term(kernels[0].map("add", np.add, kernels[1], shape=kernels[0].shape), window, bias)
 
 
 def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
@@ -117,7 +118,7 @@ def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Co
         (first, size - first - own) for size, first, own in zip(sizes, firsts, kernel.shape[:spatial], strict=True)
     ]
     shape = (*sizes, *kernel.shape[spatial:])
-    return kernel.map(lambda value: np.pad(value, [*widths, (0, 0), (0, 0)]), shape=shape)
+    return kernel.map("pad", lambda value: np.pad(value, [*widths, (0, 0), (0, 0)]), shape=shape, by=widths)
 
 
 def _regrouped(term: Term, groups: int) -> Constant:
@@ -137,4 +138,4 @@ def _regrouped(term: Term, groups: int) -> Constant:
             wide[..., first : first + within, columns] = value[..., columns]
         return wide
 
-    return term.kernel.map(regroup, shape=(*spatial, within * ratio, out))
+    return term.kernel.map("regroup", regroup, shape=(*spatial, within * ratio, out), by=(before, groups))

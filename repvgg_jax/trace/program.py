@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.trace.affine import Node, Window
-from repvgg_jax.trace.constants import Constant
+from repvgg_jax.trace.constants import Constant, is_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Program:
     def parameter(self, constant: Constant, name: str) -> Operand:
         """The operand that a constant is; those that no variable enters stay in the program itself."""
         if not constant.variable:
-            return Given(constant.value.astype(constant.dtype), constant.shape)
+            return Given(rounded(constant), constant.shape)
         base = constant.base
         index = self._indices.get(id(base))
         if index is None:
@@ -114,7 +114,7 @@ class Program:
 
     def values(self) -> list[np.ndarray]:
         """The parameters, computed in float64 and rounded once; they can be had once."""
-        values = [constant.value.astype(constant.dtype) for constant in self.constants]
+        values = [rounded(constant) for constant in self.constants]
         for constant in self.constants:
             constant.forget()
         return values
@@ -127,13 +127,18 @@ class Program:
             if isinstance(operand, int):
                 return values[operand]
             if isinstance(operand, Parameter):
-                parameter = jnp.asarray(parameters[operand.index], operand.dtype)
+                parameter = jnp.asarray(parameters[operand.index], None if is_key(operand.dtype) else operand.dtype)
                 return jnp.broadcast_to(parameter.reshape(operand.compact), operand.shape)
             return jnp.broadcast_to(operand.value, operand.shape)
 
         for step in self.steps:
             values.update(zip(step.results, step.run(*map(get, step.operands)), strict=True))
         return [get(output) for output in self.outputs]
+
+
+def rounded(constant: Constant) -> Any:
+    """The value in the dtype of the program."""
+    return constant.value if is_key(constant.dtype) else constant.value.astype(constant.dtype)
 
 
 def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[..., Sequence[jax.Array]]:

@@ -75,6 +75,10 @@ class Reparameterized:
         outputs = program.run([params[name] for name in program.names], jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, outputs)
 
+    def __repr__(self) -> str:
+        convolutions = self.totals["convolutions"]
+        return f"<reparameterized function, {convolutions.before} convolutions in {convolutions.after}>"
+
     @property
     def totals(self) -> dict[str, Change]:
         """'convolutions', 'multiply-adds' (for the inputs it was made with) and 'array elements', before and after."""
@@ -89,7 +93,7 @@ class Reparameterized:
         """The program for inputs of these shapes; values are needed for the first alone."""
         flat, tree = jax.tree.flatten(tuple(inputs))
         avals = tuple(map(_abstract, flat))
-        key = (tree, tuple((aval.shape, aval.dtype) for aval in avals))
+        key = (tree, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
         if key not in self._read:
             read = self._interpret(tree, avals, leaves)
             if leaves is None:
@@ -100,15 +104,20 @@ class Reparameterized:
     def _require_known(self, interpreter: Interpreter) -> None:
         """A program for other inputs must do with the parameters that there are."""
         ours, theirs = (
-            {name: constant.compact for name, constant in zip(program.names, program.constants, strict=True)}
+            dict(zip(program.names, program.constants, strict=True))
             for program in (self._first.program, interpreter.program)
         )
-        unknown = {name: shape for name, shape in theirs.items() if ours.get(name) != shape}
+        unknown = [
+            f"{name} {constant.compact}"
+            for name, constant in theirs.items()
+            if name not in ours or ours[name].recipe != constant.recipe
+        ]
         if unknown:
             raise ValueError(
-                "traced for these inputs, the function folds to parameters that it did not have when it was "
-                f"reparameterized: {', '.join(f'{name} {shape}' for name, shape in unknown.items())}. Reparameterize "
-                "it with inputs of these shapes, and outside of what changes how libraries trace (some exporters do)"
+                "for these inputs the function folds to other parameters than when it was reparameterized: "
+                f"{', '.join(unknown)}. It computes with their sizes, pads by them (strides under 'SAME' do, between "
+                "even and odd), or is traced in another way (some exporters replace what libraries call). "
+                "Reparameterize once for each such size, with inputs of it"
             )
 
     def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
@@ -118,20 +127,20 @@ class Reparameterized:
         interpreter = Interpreter(self._convolution, self._fewest)
 
         def variable(index: int, aval: Any) -> Constant:
-            def value() -> np.ndarray:
+            def value() -> Any:
                 assert leaves is not None, "what is folded is decided by shapes alone"
-                return np.asarray(leaves[index])
+                return leaves[index]
 
-            return Constant(aval.shape, aval.dtype, value)
+            return Constant(aval.shape, aval.dtype, value, recipe=("variable", index))
 
         constants = [variable(index, aval) for index, aval in enumerate(self._variables)]
         interpreter.read(closed, [*constants, *map(interpreter.input, avals)])
         return interpreter, jax.tree.structure(shapes)
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.extended)
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if is_key else jnp.result_type(leaf))
+def _abstract(leaf: Any) -> Any:
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def reparameterize(

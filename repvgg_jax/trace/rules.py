@@ -10,7 +10,7 @@ import numpy as np
 
 from repvgg_jax.trace.affine import Affine, Apart, Term, View, Window, ones
 from repvgg_jax.trace.compose import compose, pixels_read, scale_before
-from repvgg_jax.trace.constants import Constant
+from repvgg_jax.trace.constants import Constant, is_static
 from repvgg_jax.trace.emitter import Emitter
 
 Value = Constant | Affine
@@ -28,7 +28,9 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
     out, within, *spatial = numbers.rhs_spec
     order = (*spatial, within, out)
     shape = tuple(kernel.shape[axis] for axis in order)
-    canonical = kernel.map(lambda value: np.broadcast_to(value, kernel.shape).transpose(order), shape=shape)
+    canonical = kernel.map(
+        "transpose", lambda value: np.broadcast_to(value, kernel.shape).transpose(order), shape=shape, by=order
+    )
     window = Window(
         tuple(p["window_strides"]),
         tuple((int(low), int(high)) for low, high in p["padding"]),
@@ -62,7 +64,7 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
 
 def _is_static(padding: Sequence[tuple[Any, Any]]) -> bool:
     """Whether it is known, and does not depend on the symbols of a shape."""
-    return all(isinstance(width, int | np.integer) for widths in padding for width in widths)
+    return all(map(is_static, padding))
 
 
 def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value | None:
@@ -124,8 +126,9 @@ def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
         return None
     pick = lambda values: tuple(values[axis] for axis in spatial)  # noqa: E731
     channels = source.aval.shape[channel]
-    ones = np.ones((*pick(sizes), 1, 1)) * np.eye(channels)
-    kernel = Constant(ones.shape, aval.dtype, lambda: ones, variable=False)
+    shape = (*pick(sizes), channels, channels)
+    ones = lambda: np.broadcast_to(np.eye(channels), shape)  # noqa: E731
+    kernel = Constant(shape, aval.dtype, ones, recipe=("ones by channel",), variable=False)
     outer = Window(
         pick(p["window_strides"]),
         tuple((int(low), int(high)) for low, high in pick(p["padding"])),
@@ -178,7 +181,7 @@ def _subtract(emitter: Emitter, equation: Any, left: Value, right: Value) -> Val
 def _negate(emitter: Emitter, equation: Any, value: Value) -> Value | None:
     if not isinstance(value, Affine):
         return None
-    minus = Constant((), value.aval.dtype, lambda: np.asarray(-1.0), variable=False)
+    minus = Constant((), value.aval.dtype, lambda: np.asarray(-1.0), recipe=("minus one",), variable=False)
     return value.times(minus)
 
 
@@ -193,6 +196,7 @@ def _mapped(constant: Constant, function: Any) -> Constant:
         constant.shape,
         constant.dtype,
         lambda: function(constant.value),
+        recipe=(function.__name__, constant.recipe),
         compact=constant.compact,
         variable=constant.variable,
     )

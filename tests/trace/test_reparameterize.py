@@ -197,6 +197,53 @@ def test_a_merge_that_costs_multiply_adds_is_not_made_unless_asked(asked):
     assert after["conv_general_dilated"] == (1 if asked else 2)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_smallest_images_take_no_more_multiply_adds_either(size):
+    """Of a bottleneck before a stride of 2 there is little to save where few pixels are left out."""
+    rng = np.random.default_rng(0)
+    v = {"down": jnp.asarray(rng.normal(size=(1, 1, 8, 2))), "up": jnp.asarray(rng.normal(size=(1, 1, 2, 8)))}
+
+    def network(v, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(convolve(x, v["down"]), v["up"], (2, 2), "SAME", dimension_numbers=numbers)
+
+    fused = reparameterize(network, v, jnp.ones((1, size, size, 8)))
+    assert fused.totals["multiply-adds"].after <= fused.totals["multiply-adds"].before
+
+
+def test_a_value_outside_of_a_kernel_is_not_taken_into_it():
+    v = {"kernel": jnp.ones((1, 1, 1, 3))}
+    shifted = ((0, 0), (-1, 1))  # the neighbour to the right
+    before, after = compare(lambda v, x: convolve(x, v["kernel"], shifted, feature_group_count=3) + x, v, (2, 6, 6, 3))
+    assert (before["add"], after["add"]) == (1, 1)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_mean_over_windows_takes_factors_of_any_kind(asked):
+    v = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 3, 4))), "scale": jnp.arange(1.0, 5.0)}
+
+    def network(v, x):
+        y = jax.lax.reduce_window(convolve(x, v["kernel"]), 0.0, jax.lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "VALID")
+        return -(y / 4) * 2.0, (y * 0.5) * v["scale"] * 3.0
+
+    compare(network, v, (2, 6, 6, 3), fewest_convolutions=asked)
+
+
+def test_gradients_are_those_of_the_function_custom_ones_included():
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (rounded(x), None), lambda _, dy: (dy,))
+    v = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 2, 2))), "scale": jnp.zeros(2)}
+    network = lambda v, x: jax.nn.relu(convolve(rounded(x), v["kernel"])) + jax.nn.relu(x * v["scale"])  # noqa: E731
+    images = random_images((1, 5, 5, 2))
+    fused = reparameterize(network, v, images)
+    expected = jax.grad(lambda x: network(v, x).sum())(images)
+    assert float(jnp.abs(expected).max()) > 1
+    np.testing.assert_allclose(jax.grad(lambda x: fused(fused.params, x).sum())(images), expected, atol=1e-12)
+
+
 def test_an_elementwise_map_stays_elementwise():
     before, after = compare(lambda v, x: jax.nn.gelu(x * v["scale"]), {"scale": jnp.arange(1.0, 4.0)}, (2, 5, 5, 3))
     assert after["conv_general_dilated"] == 0
@@ -361,7 +408,9 @@ def test_a_function_that_folds_to_others_for_other_inputs_says_so():
     v = {"first": jnp.ones((3, 3, 2, 2)), "second": jnp.ones((3, 3, 2, 2))}
     fused = reparameterize(network, v, jnp.ones((1, 8, 8, 2)))
     for _ in range(2):  # the second time as the first
-        with pytest.raises(ValueError, match=r"did not have when it was reparameterized: convolution/kernel.1 \(3, 3"):
+        with pytest.raises(
+            ValueError, match=r"folds to other parameters than when it was reparameterized: convolution/kernel.1 \(3, 3"
+        ):
             fused(fused.params, jnp.ones((1, 6, 6, 2)))
 
 

@@ -1,0 +1,54 @@
+"""What a program computes without its inputs comes out as the program computes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax.trace import reparameterize
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda v, x: x[:, (v["a"] * 10).astype(jnp.int32)],
+        lambda v, x: x[:, :4] + jnp.floor(v["a"] * 10),
+        lambda v, x: jnp.where(v["a"] + 0.2 >= 0.3, x[:, :4], 0),
+        lambda v, x: x[:, :4] * jnp.nextafter(v["a"], 1.0),
+        lambda v, x: x[:, :4] * jnp.signbit(v["a"] - 0.3),
+        lambda v, x: x[:, :4] + jnp.linalg.inv(jnp.diag(v["a"]))[0],
+        lambda v, x: x[:, :4] * jax.lax.platform_dependent(default=lambda: jnp.ones(4)),
+    ],
+    ids=["to integers", "floor", "comparison", "nextafter", "bits", "inverse", "platform"],
+)
+def test_steps_and_bits_are_those_of_float32(network):
+    v, x = {"a": jnp.asarray([0.7, 0.1, 0.3, 0.6])}, jnp.arange(20.0).reshape(2, 10)
+    fused = reparameterize(network, v, x)
+    np.testing.assert_allclose(fused(fused.params, x), network(v, x), rtol=1e-6)
+
+
+def test_weak_types_stay_weak():
+    kernel = jnp.ones((1, 1, 2, 2), jnp.bfloat16)
+
+    def network(v, x):
+        y = jax.lax.conv_general_dilated(x, v["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y * v["scale"]
+
+    v, x = {"kernel": kernel, "scale": 2.0}, jnp.ones((1, 3, 3, 2), jnp.bfloat16)
+    fused = reparameterize(network, v, x)
+    assert fused(fused.params, x).dtype == network(v, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", [jax.random.key, jax.random.PRNGKey])
+def test_random_keys_may_stand_anywhere(kind):
+    outside = kind(1)
+
+    def network(v, x):
+        keys = v["key"], outside, kind(2)
+        return x * v["scale"] + sum(jax.random.normal(key, x.shape) for key in keys)
+
+    v, x = {"key": kind(0), "scale": jnp.full(3, 2.0)}, jnp.ones((2, 3))
+    fused = reparameterize(network, v, x)
+    for batch in (x, jnp.ones((4, 3))):
+        np.testing.assert_allclose(fused(fused.params, batch), network(v, batch), rtol=1e-5)
