@@ -74,8 +74,8 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 )
 
 # python train.py cifar10_cpu --data-dir DIR
-# Two CPU cores, an hour and a half to two. A0's depths; 8×8 and 4×4 maps from stage 2 on, wide where they are large. Muon
-# and a whitened stem save epochs.
+# Two CPU cores, an hour and a half to two. A0's depths; 8×8 maps in stage 2 and 4×4 maps after it. Muon and a whitened
+# stem save epochs.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
