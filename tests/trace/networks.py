@@ -11,6 +11,13 @@ norm = partial(nn.BatchNorm, use_running_average=True, epsilon=1e-3, param_dtype
 conv = partial(nn.Conv, use_bias=False, param_dtype=jnp.float64)
 
 
+def convolve(x, kernel, padding="SAME", stride=1, **settings):
+    """Of NHWC images with an HWIO kernel."""
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **settings
+    )
+
+
 class Residual(nn.Module):
     """The basic block of a ResNet, or, with `bottleneck`, that of ResNet-50."""
 
@@ -157,10 +164,13 @@ class NNXResidual(nnx.Module):
 
 
 class NNXResNet(nnx.Module):
+    """ResNet-18, narrow."""
+
     def __init__(self, rngs):
         self.stem = nnx.Conv(3, 4, (3, 3), use_bias=False, param_dtype=jnp.float64, rngs=rngs)
         self.norm = nnx.BatchNorm(4, use_running_average=True, param_dtype=jnp.float64, rngs=rngs)
-        self.blocks = nnx.List([NNXResidual(4, 4, 1, rngs), NNXResidual(4, 8, 2, rngs), NNXResidual(8, 8, 1, rngs)])
+        blocks = [(4, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1)]
+        self.blocks = nnx.List([NNXResidual(*block, rngs) for block in blocks])
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))

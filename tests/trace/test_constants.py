@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.trace import reparameterize
+from tests.trace.networks import convolve
 
 
 @pytest.mark.usefixtures("float32")
@@ -31,10 +32,7 @@ def test_steps_and_bits_are_those_of_float32(network):
 def test_weak_types_stay_weak():
     kernel = jnp.ones((1, 1, 2, 2), jnp.bfloat16)
 
-    def network(v, x):
-        y = jax.lax.conv_general_dilated(x, v["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y * v["scale"]
-
+    network = lambda v, x: convolve(x, v["kernel"]) * v["scale"]  # noqa: E731
     v, x = {"kernel": kernel, "scale": 2.0}, jnp.ones((1, 3, 3, 2), jnp.bfloat16)
     fused = reparameterize(network, v, x)
     assert fused(fused.params, x).dtype == network(v, x).dtype == jnp.bfloat16

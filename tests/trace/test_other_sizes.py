@@ -7,15 +7,10 @@ import pytest
 
 from repvgg_jax.trace import reparameterize
 from tests.random_variables import random_images
+from tests.trace.networks import convolve
 
 pytestmark = pytest.mark.usefixtures("float64")
 OTHERS = "folds to other parameters than when it was reparameterized"
-
-
-def convolve(x, kernel, stride=1, padding="SAME"):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def variables(**shapes):
@@ -32,7 +27,7 @@ def assert_equal(network, fused, v, shape):
 
 def test_branches_of_stride_2_under_same_padding_are_merged_for_sizes_of_one_parity():
     def network(v, x):
-        return convolve(x, v["kernel"], 2) + convolve(x, v["point"], 2)
+        return convolve(x, v["kernel"], stride=2) + convolve(x, v["point"], stride=2)
 
     v = variables(kernel=(3, 3, 3, 4), point=(1, 1, 3, 4))
     fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float64))
@@ -61,6 +56,20 @@ def test_what_is_folded_with_the_size_of_the_images_is_not_used_for_another(netw
     for _ in range(2):  # the second time as the first
         with pytest.raises(ValueError, match=OTHERS):
             fused(fused.params, jnp.ones((1, 12, 12, 3)))
+
+
+def test_a_function_that_needs_other_parameters_for_other_inputs_is_told_which():
+    def network(v, x):
+        y = convolve(x, v["first"])
+        return y if x.shape[1] == 8 else convolve(jnp.tanh(y), v["second"])
+
+    v = {"first": jnp.ones((3, 3, 2, 2)), "second": jnp.ones((3, 3, 2, 2))}
+    fused = reparameterize(network, v, jnp.ones((1, 8, 8, 2)))
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(
+            ValueError, match=r"folds to other parameters than when it was reparameterized: convolution/kernel.1 \(3, 3"
+        ):
+            fused(fused.params, jnp.ones((1, 6, 6, 2)))
 
 
 def test_means_over_the_image_stay_in_the_program_and_serve_all_sizes():
