@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,12 +12,27 @@ from repvgg_jax.trace.constants import Constant
 from repvgg_jax.trace.merge import merge
 
 
-def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None] | None:
+class Refusal(NamedTuple):
+    """Why two things are not merged."""
+
+    reason: str
+
+
+_SHIFTED = Refusal("a convolution pads with zeros what was shifted before it: pad first, and it merges")
+_SEVERAL = Refusal("a convolution reads the sum of convolutions that are not one")
+_UNLIKE = Refusal("two convolutions in a row differ in groups, layout, dilation or precision")
+_LARGE = Refusal("two convolutions in a row both have more than one tap, or the second leaves pixels out")
+COSTLY = Refusal(
+    "merged, a convolution of a convolution would take more multiply-adds: fewest_convolutions=True merges it"
+)
+
+
+def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None] | Refusal | None:
     """Fold an elementwise map of the source into the convolution that reads it.
 
     Returns:
-      Kernel and bias, or None where the map is not one of the channels, or its shift would meet zeros of the padding,
-      which it does not shift.
+      Kernel and bias; a refusal where the shift would meet zeros of the padding, which it does not shift; None where
+      the map is not one of the channels.
     """
     window, rank = term.window, len(source.aval.shape)
     axis = window.source_axes[1]
@@ -25,7 +41,7 @@ def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None]
     if scale is None or (shift is None and source.shift is not None):
         return None
     if shift is not None and (_pads(window) or any(step != 1 for step in window.source_dilation)):
-        return None
+        return _SHIFTED
     if window.batch_groups != 1:
         return None
     if not scale.variable and scale.shape == (1,) and not is_one(source.scale):
@@ -58,7 +74,7 @@ def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray
     return np.repeat(channels, out // groups, axis=0).T
 
 
-def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
+def compose(inner: Affine, outer: Term, fewest: bool) -> Term | Refusal:
     """The one convolution that a convolution of a convolution is.
 
     Args:
@@ -67,11 +83,11 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
       fewest: convolutions, whatever they cost.
 
     Returns:
-      The term, with the way apart kept where that is cheaper; None where no single convolution is exact.
+      The term, with the way apart kept where that is cheaper; a refusal where no single convolution is exact.
     """
     terms, scale = merge(inner, fewest)
     if len(terms) != 1 or scale is not None:
-        return None
+        return _SEVERAL
     (first,), second = terms, outer
     a, b = first.window, second.window
     if (
@@ -83,10 +99,10 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
         or (a.precision, a.preferred) != (b.precision, b.preferred)
         or any(step != 1 for step in (*a.source_dilation, *b.source_dilation))
     ):
-        return None
+        return _UNLIKE
     bias = _total_bias(inner, first)
     if bias is not None and _pads(b):
-        return None
+        return _SHIFTED
     if all(size == 1 for size in first.size) and all(step == 1 for step in a.strides) and not _crops(a):
         padding = tuple(
             (low + lower, high + higher) for (low, high), (lower, higher) in zip(a.padding, b.padding, strict=True)
@@ -112,7 +128,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | None:
             shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
         )
     else:
-        return None
+        return _LARGE
     through = None
     if bias is not None:
         through = second.kernel.map(

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.trace.affine import Affine, Node, Term, is_one, ones
+from repvgg_jax.trace.compose import COSTLY
 from repvgg_jax.trace.constants import Constant, bind
 from repvgg_jax.trace.merge import merge
 from repvgg_jax.trace.program import Operand, Program, convolve, scale_and_shift
@@ -34,15 +35,21 @@ class Emitter:
       groups: of the convolutions written so far.
       convolved: the channel axis of every value that is a convolution.
       fewest: convolutions, whatever they cost.
+      left: why convolutions were not merged, and in which scopes.
     """
 
     def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
         self.fewest = fewest
+        self.left: dict[str, list[str]] = {}
         self.program, self.scope = Program(), ""
         self.groups: list[Group] = []
         self.convolved: dict[Node, int] = {}
         self._convolution = convolution
         self._views: dict[Any, Node] = {}
+
+    def leave(self, reason: str) -> None:
+        """Note why what stands in this scope is not merged with what it reads."""
+        self.left.setdefault(reason, []).append(_tidy(self.scope))
 
     def value(self, node: Node, aval: Any) -> Affine:
         """A value of the program, as the affine map of itself that it is."""
@@ -117,6 +124,7 @@ class Emitter:
         """One convolution, of the source or, where that is cheaper, of the value in between."""
         source, bias = value.source, shift
         if term.apart is not None:
+            self.left.setdefault(COSTLY.reason, []).append(scope)
             source = self.materialized(term.apart.inner).source
             if not isinstance(term.apart.outer, Term):
                 return self._pooled(value, term, source, shift, scope)

@@ -51,6 +51,11 @@ class Interpreter:
         return self._emitter.program
 
     @property
+    def left(self) -> dict[str, list[str]]:
+        """Why convolutions were not merged, and in which scopes."""
+        return self._emitter.left
+
+    @property
     def groups(self) -> list[Group]:
         """What was merged."""
         return self._emitter.groups

@@ -35,5 +35,8 @@ def describe(interpreter: Interpreter, figures: Mapping[str, Change]) -> str:
     merged = [group for group in interpreter.groups if group.before > group.after]
     if merged:
         lines.append(tabulate(merged, ("merged", "convolutions before", "after")))
+    for reason, scopes in interpreter.left.items():
+        shown = ", ".join(scopes[:3]) + (f" and {len(scopes) - 3} more" if len(scopes) > 3 else "")
+        lines.append(f"left apart in {shown}: {reason}")
     lines += interpreter.notes
     return "\n\n".join(lines)

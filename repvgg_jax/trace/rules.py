@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.trace.affine import Affine, Apart, Term, View, Window, ones
-from repvgg_jax.trace.compose import compose, pixels_read, scale_before
+from repvgg_jax.trace.compose import Refusal, compose, pixels_read, scale_before
 from repvgg_jax.trace.constants import Constant, is_static
 from repvgg_jax.trace.emitter import Emitter
 
@@ -51,11 +51,14 @@ def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) 
             return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
     elif source.terms:
         composed = compose(source, term, emitter.fewest)
-        if composed is not None:
+        if not isinstance(composed, Refusal):
             return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
+        emitter.leave(composed.reason)
     elif source.view is None:
         before = scale_before(source, term)
-        if before is not None:
+        if isinstance(before, Refusal):
+            emitter.leave(before.reason)
+        elif before is not None:
             term = Term(before[0], window, before[1])
             return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
     source = emitter.materialized(source)
@@ -143,7 +146,7 @@ def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
     )
     ones_term = Term(kernel, outer)
     composed = compose(source, ones_term, emitter.fewest)
-    if composed is None:
+    if isinstance(composed, Refusal):
         return None
     if not emitter.fewest:
         cost = source.terms[0].cost * pixels_read(ones_term)
@@ -187,8 +190,13 @@ def _negate(emitter: Emitter, equation: Any, value: Value) -> Value | None:
 
 def _cast(emitter: Emitter, equation: Any, value: Value) -> Value | None:
     # Another dtype rounds elsewhere than the fold would.
-    same = isinstance(value, Affine) and value.aval.dtype == equation.params["new_dtype"]
-    return value if same else None
+    if isinstance(value, Affine) and value.aval.dtype == equation.params["new_dtype"]:
+        return value
+    if isinstance(value, Affine) and value.terms:
+        emitter.leave(
+            "the dtype changes after a convolution, and a fold would round elsewhere: merge in float32, then cast"
+        )
+    return None
 
 
 def _mapped(constant: Constant, function: Any) -> Constant:

@@ -386,6 +386,19 @@ def test_the_report_names_what_was_merged():
     assert list(fused.params)[:2] == ["RepVGG/stem/kernel", "RepVGG/stem/bias"]
 
 
+def test_the_report_says_what_was_left_and_why():
+    v = {"a": jnp.ones((1, 1, 2, 4)), "bias": jnp.ones(4), "b": jnp.ones((3, 3, 4, 2)), "c": jnp.ones((1, 1, 2, 8))}
+    images = jnp.ones((1, 5, 5, 2))
+    padded = reparameterize(lambda v, x: convolve(convolve(x, v["a"]) + v["bias"], v["b"]), v, images).report()
+    assert "left apart in convolution: a convolution pads with zeros what was shifted before it" in padded
+    up_and_down = lambda v, x: convolve(convolve(x, v["c"][..., :1]), v["c"][:, :, :1])  # noqa: E731
+    costly = reparameterize(up_and_down, v, images)
+    assert "would take more multiply-adds: fewest_convolutions=True merges it" in costly.report()
+    half = lambda v, x: convolve(x, v["a"]).astype(jnp.bfloat16)  # noqa: E731
+    assert "the dtype changes after a convolution" in reparameterize(half, v, images).report()
+    assert "left apart" not in reparameterize(lambda v, x: convolve(x, v["a"]) + v["bias"], v, images).report()
+
+
 def test_other_parameters_and_tracers_are_refused():
     module = networks.QARepVGG()
     variables = drawn(module, (2, 9, 9, 6))
