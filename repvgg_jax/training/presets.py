@@ -75,7 +75,7 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 
 # python train.py cifar10_cpu --data-dir DIR
 # Two CPU cores, an hour and a half to two. A0's depths; 8×8 maps in stage 2 and 4×4 maps after it. Muon and a whitened
-# stem save epochs.
+# stem save epochs. On a copy in JPEG: 89.13 %, one seed, 104 minutes.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
