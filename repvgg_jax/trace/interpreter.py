@@ -134,14 +134,15 @@ class Interpreter:
         ]
 
     def _note_batch_statistics(self, equation: Any, operands: Sequence[Any]) -> None:
-        axis = self._emitter.convolved.get(operands[0]) if operands and isinstance(operands[0], int) else None
-        if axis is None or equation.primitive.name != "reduce_sum":
+        if equation.primitive.name != "reduce_sum" or not isinstance(operands[0], int):
             return
         rank = len(equation.invars[0].aval.shape)
-        if set(equation.params["axes"]) == set(range(rank)) - {axis}:
+        kept = set(range(rank)) - set(equation.params["axes"])
+        # Images, or what is known to come from a convolution: fewer axes might be those of one example.
+        if kept == {self._emitter.convolved.get(operands[0])} or (rank >= 4 and len(kept) == 1 and 0 not in kept):
             self.notes.append(
-                f"left in {self._emitter.scope or 'the function'}: the mean of a convolution over the batch, which "
-                "depends on the images. Was the function traced with train=True? Batch norms fold in evaluation"
+                f"left in {self._emitter.scope or 'the function'}: a mean of each channel over the batch, which depends "
+                "on the images. Was the function traced with train=True? Batch norms fold in evaluation"
             )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from repvgg_jax import VARIANTS, create_model, fuse_model
@@ -372,6 +373,15 @@ def test_training_mode_is_pointed_out():
     assert "Was the function traced with train=True?" in fused.report()
     np.testing.assert_allclose(fused(fused.params, images), train(variables, images), atol=1e-4)
     assert "train=True" not in reparameterize(lambda v, x: model.apply(v, x, train=False), variables, images).report()
+
+
+def test_a_norm_before_any_convolution_in_training_mode_is_pointed_out_too():
+    module = nn.BatchNorm(param_dtype=jnp.float64)
+    images = random_images((2, 5, 5, 3))
+    variables = module.init(jax.random.key(0), images, use_running_average=True)
+    for train in (True, False):
+        apply = lambda v, x, train=train: module.apply(v, x, not train, mutable=["batch_stats"])[0]  # noqa: E731
+        assert ("train=True?" in reparameterize(apply, variables, images).report()) == train
 
 
 def test_the_report_names_what_was_merged():
