@@ -141,8 +141,8 @@ class Interpreter:
         # Images, or what is known to come from a convolution: fewer axes might be those of one example.
         if kept == {self._emitter.convolved.get(operands[0])} or (rank >= 4 and len(kept) == 1 and 0 not in kept):
             self.notes.append(
-                f"left in {self._emitter.scope or 'the function'}: a mean of each channel over the batch, which depends "
-                "on the images. Was the function traced with train=True? Batch norms fold in evaluation"
+                f"left in {self._emitter.scope or 'the function'}: a mean of each channel over the batch, which "
+                "depends on the images. Was the function traced with train=True? Batch norms fold in evaluation"
             )
 
 
