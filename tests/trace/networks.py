@@ -54,7 +54,9 @@ class ResNet(nn.Module):
 
 
 class MobileOne(nn.Module):
-    """Depthwise: three 3×3 branches, a 1×1 and a norm; then pointwise: two 1×1 branches and a norm."""
+    """Depthwise: three 3×3 branches, a 1×1 and a norm; then pointwise, in groups: two 1×1 branches and a norm."""
+
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x):
@@ -64,7 +66,7 @@ class MobileOne(nn.Module):
             y = sum(norm()(depthwise(kernel_size=(3, 3), padding=((1, 1), (1, 1)))(x)) for _ in range(3))
             y += norm()(depthwise(kernel_size=(1, 1))(x))
             x = nn.relu(y + norm()(x)) if stride == 1 else nn.relu(y)
-            y = sum(norm()(conv(features, (1, 1))(x)) for _ in range(2))
+            y = sum(norm()(conv(features, (1, 1), feature_group_count=self.groups)(x)) for _ in range(2))
             x = nn.relu(y + norm()(x)) if features == channels else nn.relu(y)
         return x
 
@@ -149,28 +151,46 @@ class Shared(nn.Module):
 
 
 class NNXResidual(nnx.Module):
-    def __init__(self, before, features, stride, rngs):
-        layer = partial(nnx.Conv, use_bias=False, param_dtype=jnp.float64, rngs=rngs)
-        batch_norm = partial(nnx.BatchNorm, use_running_average=True, param_dtype=jnp.float64, rngs=rngs)
-        self.conv1, self.norm1 = layer(before, features, (3, 3), strides=stride), batch_norm(features)
-        self.conv2, self.norm2 = layer(features, features, (3, 3)), batch_norm(features)
-        self.shortcut = stride != 1
-        if self.shortcut:
-            self.conv3, self.norm3 = layer(before, features, (1, 1), strides=stride), batch_norm(features)
+    def __init__(self, before, features, stride, bottleneck, rngs):
+        def layer(inside, outside, side, stride=1):
+            convolution = nnx.Conv(
+                inside, outside, (side, side), stride, use_bias=False, param_dtype=jnp.float64, rngs=rngs
+            )
+            return nnx.List(
+                [convolution, nnx.BatchNorm(outside, use_running_average=True, param_dtype=jnp.float64, rngs=rngs)]
+            )
+
+        after = 4 * features if bottleneck else features
+        if bottleneck:
+            layers = [layer(before, features, 1), layer(features, features, 3, stride), layer(features, after, 1)]
+        else:
+            layers = [layer(before, features, 3, stride), layer(features, after, 3)]
+        self.layers = nnx.List(layers)
+        self.shortcut = layer(before, after, 1, stride) if (before, stride) != (after, 1) else None
 
     def __call__(self, x):
-        y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
-        return nnx.relu(y + (self.norm3(self.conv3(x)) if self.shortcut else x))
+        y = x
+        for index, (convolution, batch_norm) in enumerate(self.layers):
+            y = batch_norm(convolution(nnx.relu(y) if index else y))
+        if self.shortcut is not None:
+            convolution, batch_norm = self.shortcut
+            x = batch_norm(convolution(x))
+        return nnx.relu(y + x)
 
 
 class NNXResNet(nnx.Module):
-    """ResNet-18, narrow."""
+    """ResNet-18 or, with bottlenecks, -50: narrow."""
 
-    def __init__(self, rngs):
+    def __init__(self, depths, bottleneck, rngs):
         self.stem = nnx.Conv(3, 4, (3, 3), use_bias=False, param_dtype=jnp.float64, rngs=rngs)
         self.norm = nnx.BatchNorm(4, use_running_average=True, param_dtype=jnp.float64, rngs=rngs)
-        blocks = [(4, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1)]
-        self.blocks = nnx.List([NNXResidual(*block, rngs) for block in blocks])
+        blocks, before = [], 4
+        for stage, depth in enumerate(depths):
+            for number in range(depth):
+                stride = 2 if stage and not number else 1
+                blocks.append(NNXResidual(before, 4 << stage, stride, bottleneck, rngs))
+                before = (4 << stage) * (4 if bottleneck else 1)
+        self.blocks = nnx.List(blocks)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.stem(x)))

@@ -77,6 +77,7 @@ LINEN = {
     "resnet18": (networks.ResNet(), (20, 20)),
     "resnet50": (networks.ResNet((3, 4, 6, 3), bottleneck=True), (53, 53)),
     "mobileone": (networks.MobileOne(), (18, 6)),
+    "mobileone_grouped": (networks.MobileOne(groups=2), (18, 6)),
     "diverse_branch": (networks.DiverseBranch(), (5, 1)),
     "acnet": (networks.Asymmetric(), (6, 2)),
     "qarepvgg": (networks.QARepVGG(), (4, 2)),
@@ -90,7 +91,7 @@ LINEN = {
 @pytest.mark.parametrize("name", LINEN)
 def test_a_linen_network_keeps_its_function_in_the_fewest_convolutions(name):
     module, expected = LINEN[name]
-    shape = (2, 13, 14, 6 if name in ("qarepvgg", "large_kernel") else 3)
+    shape = (2, 13, 14, 6 if name in ("mobileone_grouped", "qarepvgg", "large_kernel") else 3)
     before, after = compare(module.apply, drawn(module, shape), shape, any_size=True)
     assert (before["conv_general_dilated"], after["conv_general_dilated"]) == expected
     if name.startswith("resnet"):
@@ -104,14 +105,15 @@ def test_a_linen_network_keeps_its_function_in_the_fewest_convolutions(name):
         assert after.total() - after["broadcast_in_dim"] <= before.total() - before["broadcast_in_dim"]
 
 
-def test_a_network_in_nnx_is_merged_too():
-    module = networks.NNXResNet(nnx.Rngs(0))
+@pytest.mark.parametrize(("depths", "bottleneck", "count"), [((2, 2, 2, 2), False, 20), ((3, 4, 6, 3), True, 53)])
+def test_a_resnet_in_nnx_is_merged_too(depths, bottleneck, count):
+    module = networks.NNXResNet(depths, bottleneck, nnx.Rngs(0))
     graph, state = nnx.split(module)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape)), state)
     before, after = compare(lambda state, x: nnx.merge(graph, state)(x), state, (2, 9, 9, 3))
-    assert before["conv_general_dilated"] == after["conv_general_dilated"] == 20
-    assert (before["rsqrt"], after["rsqrt"]) == (20, 0)
+    assert before["conv_general_dilated"] == after["conv_general_dilated"] == count
+    assert (before["rsqrt"], after["rsqrt"]) == (count, 0)
 
 
 def test_a_network_of_bare_lax_is_merged_too():
@@ -291,8 +293,9 @@ def test_inputs_and_outputs_are_pytrees_and_untouched_variables_parameters():
     assert sorted(param.shape for param in fused.params.values()) == [(3, 3, 3, 3), (6, 6, 1)]
 
 
-@pytest.mark.parametrize("name", [*(v for v in VARIANTS if v in ("repvgg_a0", "repvgg_b1g4")), *(
-    pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v not in ("repvgg_a0", "repvgg_b1g4"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [name if name == "repvgg_a0" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_every_repvgg_comes_out_as_fuse_model_makes_it(name):
     """As many convolutions, multiply-adds and parameters as the deploy form, and its logits."""
     model = create_model(name, num_classes=10, param_dtype=jnp.float64)
