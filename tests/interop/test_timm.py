@@ -48,6 +48,15 @@ def logits(model, variables, images):
     return jax.jit(lambda variables, images: model.apply(variables, images, train=False))(variables, images)
 
 
+def calmed(path, leaf):
+    """Gates of squeeze-excite that depend on the image a little: at random they let nothing of it through, or, open,
+    amplify the last bit of a sum from block to block until it is all that is left."""
+    *_, module, layer, kind = (None, None, *(entry.key for entry in path))
+    if (module, layer) != ("se", "up"):
+        return leaf
+    return leaf + 4 if kind == "bias" else leaf / 1e7
+
+
 def relative_error(found, expected):
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
@@ -58,7 +67,7 @@ def relative_error(found, expected):
 )
 def test_timm_loads_our_state_dict_strictly_and_both_forms_compute_the_same(timm, name):
     model = create_model(name, num_classes=7, param_dtype=jnp.float64)
-    variables = random_variables(model)
+    variables = jax.tree_util.tree_map_with_path(calmed, random_variables(model))
     published = timm_model(timm, name, to_state_dict(model, variables, "timm"))
     back = from_state_dict(model, arrays(published))
     jax.tree.map(np.testing.assert_array_equal, back, variables)
