@@ -61,7 +61,8 @@ def load_pretrained(
       The network, in its training form.
 
     Raises:
-      ValueError: there are no published weights of that name, or they do not fit.
+      ValueError: there are no published weights of that name, they do not fit, or their images are resized by an
+        interpolation that `Preprocess` does not know.
       ImportError: huggingface_hub is not installed.
       ConnectionError: the hub cannot be reached, and the weights are not in the cache.
     """

@@ -23,7 +23,8 @@ _SEVERAL = Refusal("a convolution reads the sum of convolutions that are not one
 _UNLIKE = Refusal("two convolutions in a row differ in groups, layout, dilation or precision")
 _LARGE = Refusal("two convolutions in a row both have more than one tap, or the second leaves pixels out")
 COSTLY = Refusal(
-    "merged, a convolution of a convolution would take more multiply-adds: fewest_convolutions=True merges it"
+    "merged, a convolution, or a mean over windows, of a convolution would take more multiply-adds: "
+    "fewest_convolutions=True merges it"
 )
 
 

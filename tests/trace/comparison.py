@@ -1,0 +1,63 @@
+"""A function before and after it was merged: same results, counted primitives."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repvgg_jax.trace import reparameterize
+from tests.random_variables import random_images
+
+
+def primitives(function, *arguments):
+    """How often each primitive stands in the traced program, calls included."""
+    count = Counter()
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            count[equation.primitive.name] += 1
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    walk(inner.jaxpr if hasattr(inner, "jaxpr") else inner) if hasattr(inner, "eqns") or hasattr(
+                        inner, "jaxpr"
+                    ) else None
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return count
+
+
+def drawn(module, shape):
+    """Random variables of a linen module that takes no `train`."""
+    template = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float64))
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(
+            rng.uniform(0.5, 1.5, leaf.shape) if path[-1].key in ("scale", "var") else rng.normal(0, 0.3, leaf.shape)
+        ),
+        template,
+    )
+
+
+def compare(function, variables, shape, dtype=np.float64, any_size=False, **options):
+    """Merge, compare on the images traced with, on more and on larger ones, and count primitives before and after."""
+    images = random_images(shape, dtype)
+    fused = reparameterize(function, variables, images, **options)
+    larger = [(*shape[:1], *(size + 4 for size in shape[1:-1]), shape[-1])] if any_size else []
+    for other_shape in (shape, (shape[0] + 1, *shape[1:]), *larger):
+        batch = random_images(other_shape, dtype, seed=2)
+        expected, found = jax.jit(function)(variables, batch), jax.jit(fused)(fused.params, batch)
+        assert jax.tree.structure(expected) == jax.tree.structure(found)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            np.testing.assert_allclose(b, a, atol=1e-12 * float(jnp.abs(a).max()), rtol=0)
+    # Other parameters are another function: negative control.
+    other = jax.tree.map(lambda leaf: leaf * 1.01, fused.params)
+    assert any(
+        float(jnp.abs(a - b).max()) > 1e-6
+        for a, b in zip(
+            jax.tree.leaves(fused(other, images)), jax.tree.leaves(fused(fused.params, images)), strict=True
+        )
+    )
+    before, after = primitives(function, variables, images), primitives(fused, fused.params, images)
+    return before, after

@@ -1,0 +1,59 @@
+"""The report says what was merged, what was left, and why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from repvgg_jax import create_model
+from repvgg_jax.trace import reparameterize
+from tests.random_variables import random_images, random_variables
+from tests.trace.networks import convolve
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_training_mode_is_pointed_out():
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5, ops="xla")
+    variables = random_variables(model, dtype=np.float32)
+    images = random_images((2, 16, 16, 3), np.float32)
+    train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0]  # noqa: E731
+    fused = reparameterize(train, variables, images)
+    assert "Was the function traced with train=True?" in fused.report()
+    np.testing.assert_allclose(fused(fused.params, images), train(variables, images), atol=1e-4)
+    assert "train=True" not in reparameterize(lambda v, x: model.apply(v, x, train=False), variables, images).report()
+
+
+def test_a_norm_before_any_convolution_in_training_mode_is_pointed_out_too():
+    module = nn.BatchNorm(param_dtype=jnp.float64)
+    images = random_images((2, 5, 5, 3))
+    variables = module.init(jax.random.key(0), images, use_running_average=True)
+    for train in (True, False):
+        apply = lambda v, x, train=train: module.apply(v, x, not train, mutable=["batch_stats"])[0]  # noqa: E731
+        assert ("train=True?" in reparameterize(apply, variables, images).report()) == train
+
+
+def test_the_report_names_what_was_merged():
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5)
+    variables = random_variables(model, dtype=np.float32)
+    fused = reparameterize(
+        lambda v, x: model.apply(v, x, train=False), variables, jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    )
+    report = fused.report()
+    assert "convolutions" in report
+    assert "RepVGG/stage1_block1" in report
+    assert list(fused.params)[:2] == ["RepVGG/stem/kernel", "RepVGG/stem/bias"]
+
+
+def test_the_report_says_what_was_left_and_why():
+    v = {"a": jnp.ones((1, 1, 2, 4)), "bias": jnp.ones(4), "b": jnp.ones((3, 3, 4, 2)), "c": jnp.ones((1, 1, 2, 8))}
+    images = jnp.ones((1, 5, 5, 2))
+    padded = reparameterize(lambda v, x: convolve(convolve(x, v["a"]) + v["bias"], v["b"]), v, images).report()
+    assert "left apart in convolution: a convolution pads with zeros what was shifted before it" in padded
+    up_and_down = lambda v, x: convolve(convolve(x, v["c"][..., :1]), v["c"][:, :, :1])  # noqa: E731
+    costly = reparameterize(up_and_down, v, images)
+    assert "would take more multiply-adds: fewest_convolutions=True merges it" in costly.report()
+    half = lambda v, x: convolve(x, v["a"]).astype(jnp.bfloat16)  # noqa: E731
+    assert "the dtype changes after a convolution" in reparameterize(half, v, images).report()
+    assert "left apart" not in reparameterize(lambda v, x: convolve(x, v["a"]) + v["bias"], v, images).report()
