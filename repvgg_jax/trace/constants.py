@@ -179,7 +179,10 @@ def evaluate(equation: Any, operands: Sequence[Constant]) -> list[Constant]:
 
 def _canonical(parameters: dict[str, Any]) -> str:
     """The parameters of an equation in words that are the same whenever it is traced."""
-    held = [np.asarray(each).tobytes() for value in parameters.values() for each in getattr(value, "consts", ())]
+    # Printed, large arrays are shortened.
+    arrays = [value for value in parameters.values() if isinstance(value, np.ndarray | jax.Array)]
+    arrays += [each for value in parameters.values() for each in getattr(value, "consts", ())]
+    held = [np.asarray(each).tobytes() for each in arrays]
     return re.sub(r" at 0x[0-9a-f]+", "", repr((sorted(parameters.items()), held)))
 
 
