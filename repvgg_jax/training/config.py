@@ -38,6 +38,8 @@ class TrainConfig:
     """Start from a deploy.safetensors: its kernels in 3×3 branches with batch norms that change nothing."""
     whiten_stem: bool = False
     """Begin with a stem that decorrelates the pixels of a training batch: fewer epochs on small images."""
+    residual_scale: float = 0.0
+    """Begin blocks near the identity, 3×3 and 1×1 branches at this scale beside it: fewer epochs; 0: as published."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
@@ -65,6 +67,8 @@ class TrainConfig:
     """Blend images and targets pairwise with a weight from Beta(this, this); 0 switches it off."""
     cutmix: float = 0.0
     """Paste a box of another image, its area from Beta(this, this); 0 is off. With mixup: a coin toss a batch."""
+    refine_epochs: int = 0
+    """Last epochs, without trivial_augment, color_jitter, cutout, mixup and cutmix: on images as those of the test."""
     mean: tuple[float, ...] | None = None
     """Channel means in [0, 1] units; measured on the training split where not given."""
     std: tuple[float, ...] | None = None
@@ -120,7 +124,7 @@ class TrainConfig:
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
             crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
             cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1, accumulate_steps=1, grad_clip_norm=0,
-            muon_learning_rate=0, muon_weight_decay=0,
+            muon_learning_rate=0, muon_weight_decay=0, refine_epochs=0,
         )  # fmt: skip
         for name, bound in at_least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -146,6 +150,13 @@ class TrainConfig:
             self.whiten_stem,
             "False, since init_from gives the stem its weights",
         )
+        _require(
+            not (self.residual_scale and self.init_from),
+            "residual_scale",
+            self.residual_scale,
+            "0, since init_from gives the branches their scales",
+        )
+        _require(0 <= self.residual_scale <= 1, "residual_scale", self.residual_scale, "in [0, 1]")
         _require(not self.whiten_stem or self.image_size >= 3, "image_size", self.image_size, "at least 3 to whiten")
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
@@ -154,6 +165,9 @@ class TrainConfig:
             "accumulate_steps",
             self.accumulate_steps,
             f"a divisor of batch_size (={self.batch_size})",
+        )
+        _require(
+            self.refine_epochs <= self.epochs, "refine_epochs", self.refine_epochs, f"at most epochs (={self.epochs})"
         )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
@@ -189,6 +203,16 @@ class TrainConfig:
     def evaluation_size(self) -> int:
         """Side length of the images in evaluation."""
         return self.image_size if self.eval_image_size is None else self.eval_image_size
+
+    def at_epoch(self, epoch: int) -> TrainConfig:
+        """The settings of one epoch, counted from 1: those of the last `refine_epochs` distort and mix no images.
+
+        References:
+          He et al., *Data Augmentation Revisited*, arXiv:1909.09148.
+        """
+        if epoch <= self.epochs - self.refine_epochs:
+            return self
+        return dataclasses.replace(self, trivial_augment=False, color_jitter=0.0, cutout=0, mixup=0.0, cutmix=0.0)
 
     @property
     def peak_learning_rate(self) -> float:

@@ -160,7 +160,7 @@ class _Run:
         epoch_metrics: EpochMetrics = []
         if checkpoints.latest_step is None:
             state = create_state(*setting)
-            if config.init_from is not None or config.whiten_stem:
+            if config.init_from is not None or config.whiten_stem or config.residual_scale:
                 beginning = iterator.get_state()
                 variables = start_from(config, state.variables, lambda: shard_batch(next(iterator), self.mesh))
                 iterator.set_state(beginning)
@@ -176,9 +176,12 @@ class _Run:
         # Compiled ahead, so that images/s measures training alone.
         start = time.perf_counter()
         shapes = (abstract_state(*setting), abstract_batch(config, self.dataset.channels, self.mesh))
-        train_step = make_train_step(self.model, self.optimizer, config, self.mesh).lower(*shapes).compile()
-        compile_seconds = time.perf_counter() - start
         done = int(state.step) // self.steps_per_epoch
+        train_steps = {
+            each: make_train_step(self.model, self.optimizer, each, self.mesh).lower(*shapes).compile()
+            for each in {config.at_epoch(epoch) for epoch in range(done + 1, config.epochs + 1)}
+        }
+        compile_seconds = time.perf_counter() - start
         total = config.epochs * self.steps_per_epoch
         self._introduce(workdir, int(state.step), compile_seconds)
         with (
@@ -192,7 +195,7 @@ class _Run:
                 start = time.perf_counter()
                 steps = self.steps_per_epoch - len(epoch_metrics)
                 state, epoch_metrics = self._train_epoch(
-                    train_step, state, iterator, epoch, bar, epoch_metrics, interruption
+                    train_steps[config.at_epoch(epoch)], state, iterator, epoch, bar, epoch_metrics, interruption
                 )
                 train_seconds = time.perf_counter() - start
                 if len(epoch_metrics) < self.steps_per_epoch:
