@@ -20,19 +20,12 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
+from benchmarks.step import CHANNELS, compile_step
 from repvgg_jax.data import Source, load_dataset, train_iterator
 from repvgg_jax.data.memory import InMemory
 from repvgg_jax.training import PRESETS, TrainConfig
 from repvgg_jax.training.huge_pages import restart_with_huge_pages
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.steps import (
-    abstract_batch,
-    abstract_state,
-    create_mesh,
-    create_state,
-    make_train_step,
-    shard_batch,
-)
+from repvgg_jax.training.steps import create_mesh, shard_batch
 
 HEADERS = ("data", "processes", "network", "batch", "pipeline alone", "step alone", "together", "of the slower")
 
@@ -78,18 +71,12 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
       seconds: per turn.
     """
     mesh = create_mesh()
-    if config.mean is None:
-        config = dataclasses.replace(config, mean=(0.5,) * 3, std=(0.25,) * 3)
-    model, optimizer = config.create_model(num_classes=10), create_optimizer(config, steps_per_epoch=100)
-    setting = (model, optimizer, config, 3, mesh)
-    shapes = (abstract_state(*setting), abstract_batch(config, 3, mesh))
-    compiled = make_train_step(model, optimizer, config, mesh).lower(*shapes).compile()
-    state = create_state(*setting)
+    compiled, state = compile_step(config, mesh)
     iterator = train_iterator(
         source,
         batch_size=config.batch_size,
         image_size=config.image_size,
-        channels=3,
+        channels=CHANNELS,
         seed=0,
         crop="random_resized" if config.random_resized_crop else "resize",
         num_workers=workers,
