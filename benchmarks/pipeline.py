@@ -7,20 +7,17 @@ of it), and of both as `train.py` runs them. 'memory' is as many images of 32×3
 
 import argparse
 import dataclasses
-import itertools
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from benchmarks.step import CHANNELS, compile_step
+from benchmarks.step import CHANNELS, Trainer, images_per_second
 from repvgg_jax.data import Source, load_dataset, train_iterator
 from repvgg_jax.data.memory import InMemory
 from repvgg_jax.training import PRESETS, TrainConfig
@@ -71,7 +68,7 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
       seconds: per turn.
     """
     mesh = create_mesh()
-    compiled, state = compile_step(config, mesh)
+    trainer = Trainer(config, mesh)
     iterator = train_iterator(
         source,
         batch_size=config.batch_size,
@@ -83,40 +80,19 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
     )
     one_batch = next(iterator)
 
-    def train(batches: Iterator[Any]) -> Callable[[], None]:
-        ahead: deque[Any] = deque()
-
-        def turn() -> None:
-            nonlocal state
-            state, metrics = compiled(state, shard_batch(next(batches), mesh))
-            ahead.append(metrics)
-            if len(ahead) > 2:  # as the training loop
-                jax.block_until_ready(ahead.popleft())
-
-        return turn
-
-    contestants = (lambda: next(iterator), train(itertools.repeat(one_batch)), train(iterator))
+    contestants = (
+        lambda: next(iterator),
+        lambda: trainer.step(shard_batch(one_batch, mesh)),
+        lambda: trainer.step(shard_batch(next(iterator), mesh)),
+    )
     try:
         rates = [
-            [_images_per_second(turn, config.batch_size, seconds, lambda: state) for turn in contestants]
+            [images_per_second(turn, config.batch_size, seconds, trainer.wait) for turn in contestants]
             for _ in range(turns)
         ]
     finally:
         iterator.close()
     return Rates(*np.median(rates, axis=0).tolist())
-
-
-def _images_per_second(turn: Callable[[], Any], images: int, seconds: float, result: Callable[[], Any]) -> float:
-    # What lies ready in buffers, and the compilation of transfers, are not the pace.
-    for _ in range(4):
-        turn()
-    jax.block_until_ready(result())
-    start, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - start < seconds:
-        turn()
-        count += 1
-    jax.block_until_ready(result())
-    return images * count / (time.perf_counter() - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

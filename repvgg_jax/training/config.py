@@ -38,8 +38,8 @@ class TrainConfig:
     """Start from a deploy.safetensors: its kernels in 3×3 branches with batch norms that change nothing."""
     whiten_stem: bool = False
     """Begin with a stem that decorrelates the pixels of a training batch: fewer epochs on small images."""
-    residual_scale: float = 0.0
-    """Begin blocks near the identity, 3×3 and 1×1 branches at this scale beside it: fewer epochs; 0: as published."""
+    residual_scale: float | None = None
+    """Start the 3×3 and 1×1 norms beside an identity branch at this scale (try 0.25), not at 1; None: as published."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
@@ -68,7 +68,7 @@ class TrainConfig:
     cutmix: float = 0.0
     """Paste a box of another image, its area from Beta(this, this); 0 is off. With mixup: a coin toss a batch."""
     refine_epochs: int = 0
-    """Last epochs, without trivial_augment, color_jitter, cutout, mixup and cutmix: on images as those of the test."""
+    """Leave trivial_augment, color_jitter, cutout, mixup, cutmix out of so many last epochs; at most half of all."""
     mean: tuple[float, ...] | None = None
     """Channel means in [0, 1] units; measured on the training split where not given."""
     std: tuple[float, ...] | None = None
@@ -119,6 +119,9 @@ class TrainConfig:
     """Of initialisation, data order, augmentation and drawn splits."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         self.create_model(num_classes=1)
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
@@ -145,18 +148,13 @@ class TrainConfig:
             "init_from as well: without a run to start from, what is frozen would stay random",
         )
         _require(
-            not (self.whiten_stem and self.init_from),
-            "whiten_stem",
-            self.whiten_stem,
-            "False, since init_from gives the stem its weights",
+            self.init_from is None or (not self.whiten_stem and self.residual_scale is None),
+            "whiten_stem and residual_scale",
+            (self.whiten_stem, self.residual_scale),
+            "False and None (--no-whiten-stem --residual-scale None), since init_from gives all weights",
         )
-        _require(
-            not (self.residual_scale and self.init_from),
-            "residual_scale",
-            self.residual_scale,
-            "0, since init_from gives the branches their scales",
-        )
-        _require(0 <= self.residual_scale <= 1, "residual_scale", self.residual_scale, "in [0, 1]")
+        scale = self.residual_scale
+        _require(scale is None or 0 <= scale <= 1, "residual_scale", scale, "None or in [0, 1]")
         _require(not self.whiten_stem or self.image_size >= 3, "image_size", self.image_size, "at least 3 to whiten")
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
@@ -165,9 +163,6 @@ class TrainConfig:
             "accumulate_steps",
             self.accumulate_steps,
             f"a divisor of batch_size (={self.batch_size})",
-        )
-        _require(
-            self.refine_epochs <= self.epochs, "refine_epochs", self.refine_epochs, f"at most epochs (={self.epochs})"
         )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
@@ -205,12 +200,14 @@ class TrainConfig:
         return self.image_size if self.eval_image_size is None else self.eval_image_size
 
     def at_epoch(self, epoch: int) -> TrainConfig:
-        """The settings of one epoch, counted from 1: those of the last `refine_epochs` distort and mix no images.
+        """The settings of one epoch, counted from 1; those of the last `refine_epochs` have no strong augmentation.
+
+        As many epochs at most as come before them, so that a preset cut short still trains as it is meant to.
 
         References:
           He et al., *Data Augmentation Revisited*, arXiv:1909.09148.
         """
-        if epoch <= self.epochs - self.refine_epochs:
+        if epoch <= self.epochs - min(self.refine_epochs, self.epochs // 2):
             return self
         return dataclasses.replace(self, trivial_augment=False, color_jitter=0.0, cutout=0, mixup=0.0, cutmix=0.0)
 

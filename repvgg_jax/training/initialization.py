@@ -129,7 +129,7 @@ def _changed(
     def change(variables: dict[str, Any], images: jax.Array | None) -> dict[str, Any]:
         if images is not None:
             variables = whiten_stem(variables, normalize(images, *config.normalization))
-        if config.residual_scale:
+        if config.residual_scale is not None:
             variables = residual_start(variables, scale=config.residual_scale)
         return variables
 

@@ -160,7 +160,7 @@ class _Run:
         epoch_metrics: EpochMetrics = []
         if checkpoints.latest_step is None:
             state = create_state(*setting)
-            if config.init_from is not None or config.whiten_stem or config.residual_scale:
+            if config.init_from is not None or config.whiten_stem or config.residual_scale is not None:
                 beginning = iterator.get_state()
                 variables = start_from(config, state.variables, lambda: shard_batch(next(iterator), self.mesh))
                 iterator.set_state(beginning)
@@ -177,9 +177,10 @@ class _Run:
         start = time.perf_counter()
         shapes = (abstract_state(*setting), abstract_batch(config, self.dataset.channels, self.mesh))
         done = int(state.step) // self.steps_per_epoch
+        # In the same order in every process: XLA's autotuning on GPUs waits for the others at each program.
         train_steps = {
             each: make_train_step(self.model, self.optimizer, each, self.mesh).lower(*shapes).compile()
-            for each in {config.at_epoch(epoch) for epoch in range(done + 1, config.epochs + 1)}
+            for each in dict.fromkeys(config.at_epoch(epoch) for epoch in range(done + 1, config.epochs + 1))
         }
         compile_seconds = time.perf_counter() - start
         total = config.epochs * self.steps_per_epoch

@@ -16,10 +16,10 @@ def residual_start(variables: dict[str, Any], *, scale: float) -> dict[str, Any]
     """Let the identity branch of each block that has one pass its input, and quieten the branches beside it.
 
     As published, the three norms of a block begin with scale 1 and bias 0: the input is a third of the variance of
-    what is rectified, and half of it is cut off in every block. A stage of 14 blocks forgets it, and first has to learn
-    not to. Here the norms behind the convolutions begin with scale `scale`, the identity's with the bias that keeps a
-    rectified input whole. Blocks without an identity branch begin as published. Nothing else changes: neither the
-    network nor how it is fused.
+    what is rectified, and what lies below its mean is cut off in every block. After 14 blocks no pixel of a channel is
+    correlated with what it was. Here the norms behind the convolutions begin with scale `scale`, the identity's with
+    the bias that keeps a rectified input whole. Blocks without an identity branch begin as published. Nothing else
+    changes: neither the network nor how it is fused.
 
     Args:
       variables: `{'params', 'batch_stats'}` of a training form, freshly initialised.

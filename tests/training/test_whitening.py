@@ -78,5 +78,5 @@ def test_images_smaller_than_a_patch_are_not_whitened(tiny):
 
 
 def test_a_stem_that_comes_with_weights_is_not_whitened(tiny):
-    with pytest.raises(ValueError, match="whiten_stem is True: expected False, since init_from"):
+    with pytest.raises(ValueError, match=r"whiten_stem and residual_scale is \(True, None\): expected False and None"):
         dataclasses.replace(tiny, whiten_stem=True, init_from="somewhere")
