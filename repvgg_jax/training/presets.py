@@ -61,7 +61,7 @@ _CIFAR10_FAST = dataclasses.replace(_CIFAR10, epochs=20, trivial_augment=False, 
 
 # python train.py cifar10_a0_stride32 --data-dir DIR
 # Two CPU cores, or any accelerator. The published A0, strides and all: an image ends as one pixel, a step is cheap.
-# Stage 3 has 14 blocks on 2×2 maps; beginning near the identity they learn from the first epoch.
+# On a copy in JPEG: 84.35 %, one seed, 86 minutes; it ended underfitted, so that less augmentation is the next to try.
 _CIFAR10_A0_STRIDE32 = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
