@@ -36,6 +36,7 @@ from repvgg_jax.training.steps import (
 )
 
 CHANNELS = 3
+STEPS_PER_EPOCH = 100
 
 
 class Trainer:
@@ -44,10 +45,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, mesh: Mesh):
         if config.mean is None:
             config = dataclasses.replace(config, mean=(0.5,) * CHANNELS, std=(0.25,) * CHANNELS)
-        model, optimizer = config.create_model(num_classes=10), create_optimizer(config, steps_per_epoch=100)
+        model = config.create_model(num_classes=10)
+        optimizer = create_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH)
         setting = (model, optimizer, config, CHANNELS, mesh)
         shapes = (abstract_state(*setting), abstract_batch(config, CHANNELS, mesh))
-        self._step = make_train_step(model, optimizer, config, mesh).lower(*shapes).compile()
+        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=STEPS_PER_EPOCH)
+        self._step = step.lower(*shapes).compile()
         self._state = create_state(*setting)
         self._ahead: deque[Any] = deque()
 

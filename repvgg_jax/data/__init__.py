@@ -1,6 +1,13 @@
 """Image data sets, batches and on-device augmentation."""
 
-from repvgg_jax.data.augment import normalize, random_color_jitter, random_crop, random_cutout, random_flip
+from repvgg_jax.data.augment import (
+    alternating_flip,
+    normalize,
+    random_color_jitter,
+    random_crop,
+    random_cutout,
+    random_flip,
+)
 from repvgg_jax.data.dataset import ImageDataset, Record, Source
 from repvgg_jax.data.decode import fit, read_image
 from repvgg_jax.data.load import load_dataset
@@ -13,6 +20,7 @@ __all__ = [
     "ImageDataset",
     "Record",
     "Source",
+    "alternating_flip",
     "eval_batches",
     "fit",
     "load_dataset",

@@ -51,6 +51,29 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
+def alternating_flip(images: jax.Array, *, epoch: jax.Array | int) -> jax.Array:
+    """Mirrors half of the images left to right, and in the next epoch the other half.
+
+    Two epochs in a row show both sides of every image, where `random_flip` shows one side twice to half of them. Which
+    half an image belongs to depends on its pixels alone, so that it is the same in every order and on every device.
+
+    Args:
+      images: `(B, H, W, C)`, any integer dtype, as they are stored: before any change that differs between epochs.
+      epoch: integer; its parity counts.
+
+    Returns:
+      `(B, H, W, C)` of the same dtype.
+
+    References:
+      Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU*, arXiv:2404.00498 ("alternating flip"), where a
+      hash of the image's index decides.
+    """
+    # Multiplicative hashing: sums of pixels may all be even, the top bit of the product is not.
+    total = images.astype(jnp.uint32).sum((1, 2, 3), keepdims=True, dtype=jnp.uint32)
+    half = (total * jnp.uint32(0x9E3779B1)) >> 31
+    return jnp.where((half + jnp.asarray(epoch, jnp.uint32)) % 2 == 1, images[:, :, ::-1], images)
+
+
 def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
     """Sets one square of each image to zero; after `normalize`, zero is the channel mean.
 

@@ -57,6 +57,8 @@ class TrainConfig:
     """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
     flip: bool = True
     """Mirror half of the training images left to right, on the device."""
+    alternate_flip: bool = False
+    """With flip: not half of them at random, but one half and the other in turn, an epoch each."""
     trivial_augment: bool = False
     """Change each training image by one of 14 operations, at random strength, on the device (TrivialAugment)."""
     color_jitter: float = 0.0
@@ -156,6 +158,13 @@ class TrainConfig:
         scale = self.residual_scale
         _require(scale is None or 0 <= scale <= 1, "residual_scale", scale, "None or in [0, 1]")
         _require(not self.whiten_stem or self.image_size >= 3, "image_size", self.image_size, "at least 3 to whiten")
+        _require(not self.alternate_flip or self.flip, "flip", self.flip, "True where alternate_flip is")
+        _require(
+            not (self.alternate_flip and self.random_resized_crop),
+            "alternate_flip",
+            self.alternate_flip,
+            "False with random_resized_crop, which leaves nothing to know an image by",
+        )
         _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
         _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
         _require(

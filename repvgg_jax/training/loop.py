@@ -179,7 +179,9 @@ class _Run:
         done = int(state.step) // self.steps_per_epoch
         # In the same order in every process: XLA's autotuning on GPUs waits for the others at each program.
         train_steps = {
-            each: make_train_step(self.model, self.optimizer, each, self.mesh).lower(*shapes).compile()
+            each: make_train_step(self.model, self.optimizer, each, self.mesh, steps_per_epoch=self.steps_per_epoch)
+            .lower(*shapes)
+            .compile()
             for each in dict.fromkeys(config.at_epoch(epoch) for epoch in range(done + 1, config.epochs + 1))
         }
         compile_seconds = time.perf_counter() - start

@@ -117,7 +117,7 @@ def _initializer(
 
 
 def make_train_step(
-    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh, *, steps_per_epoch: int
 ) -> jax.stages.Wrapped:
     """Build the jitted training step.
 
@@ -129,6 +129,7 @@ def make_train_step(
       optimizer: from `create_optimizer`.
       config: with `mean` and `std` filled in.
       mesh: from `create_mesh`; its size times `accumulate_steps` must divide the batch.
+      steps_per_epoch: counts the epochs of `alternate_flip`.
 
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
@@ -139,7 +140,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes)
+        epoch = state.step // steps_per_epoch
+        images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes, epoch)
 
         def loss_fn(params: Any, batch_stats: Any, inputs: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             output, updates = model.apply(

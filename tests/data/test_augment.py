@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.data import normalize, random_color_jitter, random_crop, random_cutout, random_flip
+from repvgg_jax.data import (
+    alternating_flip,
+    normalize,
+    random_color_jitter,
+    random_crop,
+    random_cutout,
+    random_flip,
+)
 from tests.data.tiny_data import noise
 
 
@@ -51,6 +58,33 @@ def test_each_image_is_mirrored_or_left_alone():
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
     assert (same ^ mirrored).all()
     assert 16 < same.sum() < 48
+
+
+def mirrored_rows(images, flipped):
+    mirrored = (np.asarray(flipped) == images[:, :, ::-1]).all((1, 2, 3))
+    np.testing.assert_array_equal(
+        np.asarray(flipped), np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+    )
+    return mirrored
+
+
+@pytest.mark.parametrize("scale", [1, 2], ids=["any", "even"])
+def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs(scale):
+    images = noise(64, 3, 5, 3) // 2 * scale
+    sides = [mirrored_rows(images, alternating_flip(jnp.asarray(images), epoch=epoch)) for epoch in range(3)]
+    assert 16 < sides[0].sum() < 48
+    assert (sides[0] ^ sides[1]).all()
+    assert (sides[0] == sides[2]).all()
+    at_random = [mirrored_rows(images, random_flip(jax.random.key(epoch), jnp.asarray(images))) for epoch in range(2)]
+    assert not (at_random[0] ^ at_random[1]).all()
+
+
+def test_alternating_flip_knows_an_image_wherever_it_lies_in_a_batch():
+    images = noise(64, 3, 5, 3)
+    order = np.random.default_rng(0).permutation(64)
+    flipped = jax.jit(alternating_flip)(jnp.asarray(images), epoch=7)
+    np.testing.assert_array_equal(alternating_flip(jnp.asarray(images[order]), epoch=7), flipped[order])
+    assert flipped.dtype == np.uint8
 
 
 def test_flipping_twice_with_one_key_restores_the_images():

@@ -17,8 +17,8 @@ KEY = jax.random.key(7)
 INGREDIENTS = dict(trivial_augment=True, color_jitter=0.4, cutout=6, mixup=0.2, cutmix=1.0)
 
 
-def augmented(**fields):
-    return augment(KEY, IMAGES, LABELS, dataclasses.replace(CONFIG, **fields), 5)
+def augmented(epoch=0, **fields):
+    return augment(KEY, IMAGES, LABELS, dataclasses.replace(CONFIG, **fields), 5, epoch)
 
 
 def test_by_default_only_crop_flip_and_normalisation_happen_with_their_two_keys():
@@ -43,6 +43,14 @@ def test_a_cut_out_square_is_the_channel_mean():
     blank = (np.asarray(images) == 0).all(-1)
     assert (blank.sum((1, 2)) >= 9).all()
     np.testing.assert_array_equal(np.asarray(images)[~blank], np.asarray(augmented()[0])[~blank])
+
+
+def test_alternating_flip_takes_the_place_of_the_random_one_and_goes_by_the_epoch():
+    first, second, third = (augmented(epoch, alternate_flip=True, crop_padding=0)[0] for epoch in range(3))
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(first[:, :, ::-1], second)
+    at_random = [augmented(epoch, crop_padding=0)[0] for epoch in range(2)]
+    np.testing.assert_array_equal(*at_random)
 
 
 def test_switching_one_ingredient_on_changes_no_other_draw():

@@ -34,7 +34,7 @@ def test_a_step_averages_parameters_and_statistics_and_trains_as_without():
         model = config.create_model(4)
         optimizer = create_optimizer(config, steps_per_epoch=2)
         state = create_state(model, optimizer, config, 1, mesh)
-        step = make_train_step(model, optimizer, config, mesh)
+        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
         history = [jax.device_get(state)]
         for number in range(2):
             state, _ = step(state, shard_batch(batch(seed=number), mesh))

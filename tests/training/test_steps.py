@@ -39,7 +39,7 @@ def run(config, steps, devices, variant_classes=4):
     model = config.create_model(variant_classes)
     optimizer = create_optimizer(config, steps_per_epoch=steps)
     state = create_state(model, optimizer, config, 1, mesh)
-    step = make_train_step(model, optimizer, config, mesh)
+    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
     losses = []
     for number in range(steps):
         state, metrics = step(state, shard_batch(batch(seed=number), mesh))
@@ -50,6 +50,22 @@ def run(config, steps, devices, variant_classes=4):
 def test_the_loss_falls():
     _, losses, _ = run(CONFIG, 30, jax.devices()[:1])
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
+
+
+def test_images_are_mirrored_in_turn_by_the_epoch_of_the_step():
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=True, alternate_flip=True)
+    mesh = create_mesh(jax.devices()[:1])
+    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
+    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+
+    def loss_at(number):
+        state = create_state(model, optimizer, config, 1, mesh)
+        state = dataclasses.replace(state, step=state.step + number)
+        return float(step(state, shard_batch(batch(), mesh))[1]["loss"])
+
+    losses = [loss_at(number) for number in range(5)]
+    assert losses[0] == losses[1] == losses[4]
+    assert losses[2] == losses[3] != losses[0]
 
 
 @pytest.mark.usefixtures("float32")
@@ -90,7 +106,7 @@ def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images()
     logits, _ = model.apply(state.variables, images, train=True, mutable=["batch_stats"])
     targets = np.eye(4)[data["label"]] * 0.9 + 0.1 / 4
     expected = -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
-    _, metrics = make_train_step(model, optimizer, config, mesh)(state, shard_batch(data, mesh))
+    _, metrics = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)(state, shard_batch(data, mesh))
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 
@@ -126,12 +142,14 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
         gradients.append(gradient)
         losses.append(float(loss))
     expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, initial.params, *gradients)
-    state, metrics = make_train_step(model, optimizer, config, mesh)(initial, shard_batch(data, mesh))
+    state, metrics = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)(
+        initial, shard_batch(data, mesh)
+    )
     assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
     chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
     whole = dataclasses.replace(config, accumulate_steps=1)
-    state, _ = make_train_step(model, optimizer, whole, mesh)(initial, shard_batch(data, mesh))
+    state, _ = make_train_step(model, optimizer, whole, mesh, steps_per_epoch=2)(initial, shard_batch(data, mesh))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
 
@@ -157,7 +175,7 @@ def test_augmentation_changes_with_the_step_and_the_seed():
     initial = jax.device_get(create_state(model, optimizer, CONFIG, 1, mesh))
 
     def first_losses(config, steps):
-        step = make_train_step(model, optimizer, config, mesh)
+        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
         states = [initial.replace(step=np.asarray(number, np.int32)) for number in steps]
         return [float(step(state, shard_batch(batch(), mesh))[1]["loss"]) for state in states]
 
@@ -173,7 +191,7 @@ def test_a_step_that_is_not_finite_is_left_out_if_asked(skip):
     mesh = create_mesh(jax.devices()[:1])
     model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
     state = create_state(model, optimizer, config, 1, mesh)
-    step = make_train_step(model, optimizer, config, mesh)
+    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
     state, metrics = step(state, shard_batch(batch(), mesh))
     assert metrics.get("skipped", 0) == 0
     broken = {**state.params, "head": jax.tree.map(lambda leaf: leaf * np.inf, state.params["head"])}
