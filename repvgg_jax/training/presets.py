@@ -61,20 +61,20 @@ _CIFAR10_FAST = dataclasses.replace(_CIFAR10, epochs=20, trivial_augment=False, 
 
 # python train.py cifar10_a0_stride32 --data-dir DIR
 # Two CPU cores, or any accelerator. The published A0, strides and all: an image ends as one pixel, a step is cheap.
-# On a copy in JPEG: 84.35 %, one seed, 86 minutes; it ended underfitted, so that less augmentation is the next to try.
+# Muon, at a batch that its steps pay at. On a copy in JPEG: 84.89 %, one seed, 36 minutes.
 _CIFAR10_A0_STRIDE32 = dataclasses.replace(
     _CIFAR10,
     dtype="float32",
+    trivial_augment=False,
     strides=(2, 2, 2, 2, 2),
     whiten_stem=True,
     residual_scale=0.25,
-    epochs=75,
-    batch_size=256,
+    epochs=36,
     eval_batch_size=256,
-    learning_rate=0.2,
     learning_rate_batch_size=256,
-    refine_epochs=8,
-    ema_decay=0.998,
+    warmup_epochs=2,
+    muon_learning_rate=0.05,
+    ema_decay=0.99,
 )
 
 # python train.py cifar10_cpu --data-dir DIR
