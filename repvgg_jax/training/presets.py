@@ -78,7 +78,7 @@ _CIFAR10_A0_STRIDE32 = dataclasses.replace(
 )
 
 # python train.py cifar10_cpu --data-dir DIR
-# Two CPU cores, an hour and a half with AVX-512, three or four without. A0's depths; 8×8 maps in stage 2 and 4×4 maps
+# Two CPU cores, an hour and a half with AVX-512, more without. A0's depths; 8×8 maps in stage 2 and 4×4 maps
 # after it. Muon, a whitened stem and a start near the identity save epochs. On a copy in JPEG: 89.84 %, one seed.
 _CIFAR10_CPU = dataclasses.replace(
     _CIFAR10,
