@@ -6,16 +6,17 @@ import contextlib
 import json
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from repvgg_jax.training.cluster import is_primary, wait_for_all
+from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.steps import TrainState
 
 EpochMetrics = list[dict[str, float]]
@@ -37,6 +38,21 @@ class Restored(NamedTuple):
     damaged: list[int]
 
 
+class _MostAccurate(PreservationPolicy):
+    """Preserves the checkpoint of the best accuracy, the newest of equals.
+
+    Not Orbax's `BestN`: the file of metrics it would keep in each checkpoint is read before damage can be passed over.
+    """
+
+    def __init__(self, accuracies: dict[int, float]):
+        self._accuracies = accuracies
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        known = [each.step for each in checkpoints if each.step in self._accuracies]
+        best = max(known, key=lambda step: (self._accuracies[step], step), default=None)
+        return [each.step == best for each in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run directory, `checkpoints/STEP/`. Writing goes on in the background.
 
@@ -45,15 +61,18 @@ class Checkpoints:
 
     Args:
       workdir: the run directory.
-      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all.
+      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all. The accuracies of
+        those that lie there already are in `metrics.jsonl`.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.directory = workdir.absolute() / "checkpoints"
+        self._accuracies: dict[int, float] = {}
         kept = None
         if keep is not None:
-            best = BestN(n=1, get_metric_fn=lambda m: m["accuracy"], keep_checkpoints_without_metrics=False)
-            kept = AnyPreservationPolicy([LatestN(n=keep), best])
+            history = [line for line in read_metrics(workdir) if "test/accuracy" in line]
+            self._accuracies = {int(line["step"]): line["test/accuracy"] for line in history}
+            kept = AnyPreservationPolicy([LatestN(n=keep), _MostAccurate(self._accuracies)])
         self._manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=True)
         )
@@ -93,6 +112,8 @@ class Checkpoints:
         fields = _fields(state)
         checksum = _checksum(fields, data_state, epoch_metrics or [])
         progress = {"epoch_metrics": epoch_metrics or [], "checksum": checksum}
+        if accuracy is not None:
+            self._accuracies[int(state.step)] = accuracy
         with self._writing():
             self._manager.save(
                 int(state.step),
@@ -101,7 +122,6 @@ class Checkpoints:
                     data=ocp.args.JsonSave(data_state),
                     progress=ocp.args.JsonSave(progress),
                 ),
-                metrics=None if accuracy is None else {"accuracy": accuracy},
             )
 
     def wait(self) -> None:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.metrics import MetricsLog
 from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
 from tests.training.test_steps import CONFIG
 
@@ -128,6 +129,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             checkpoints.wait()
         assert checkpoints.restore(abstract_state(*setting(CONFIG))).state.step == 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4", "5"]
+
+
+def test_the_best_is_kept_by_the_processes_that_resume_the_run(tmp_path):
+    state = create_state(*setting(CONFIG))
+    for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.9, 0.7, 0.8]):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            with MetricsLog(tmp_path, resume_epoch=step) as log:
+                log.write({"epoch": step + 1, "step": step, "test/accuracy": accuracy})
+            checkpoints.save(at_step(state, step), {}, accuracy=accuracy)
+        best = 1 if 1 <= step < 4 else step if step < 1 else 4
+        kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+        assert kept == {str(each) for each in {best, max(step - 1, 0), step}}
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
