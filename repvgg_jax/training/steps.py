@@ -134,7 +134,7 @@ def make_train_step(
     Returns:
       `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
       {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with; with `skip_nonfinite`
-      also 'skipped', 1 where the step changed nothing but the count of steps. The old state is donated: do not use it
+      also 'skipped', 1 where the step changed nothing but the counts of steps. The old state is donated: do not use it
       again.
     """
 
@@ -175,8 +175,14 @@ def make_train_step(
         new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         if config.skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
-            unchanged = TrainState(new.step, state.params, state.batch_stats, state.opt_state, state.ema)
-            new = jax.tree.map(lambda update, old: jnp.where(finite, update, old), new, unchanged)
+            # Counts go on, also the optimizer's, so that the learning rate ends where its schedule does.
+            new = jax.tree.map(
+                lambda update, old: (
+                    jnp.where(finite, update, old) if jnp.issubdtype(old.dtype, jnp.inexact) else update
+                ),
+                new,
+                state,
+            )
             metrics["skipped"] = 1.0 - finite
         return new, metrics
 
