@@ -58,7 +58,7 @@ class _FuseArguments:
     with_preprocess: bool = False
     """The exported files take uint8 pixels (NHWC) and return probabilities."""
     data_dir: str | None = None
-    """Of a run: where the data set lies now, if it has moved since training."""
+    """Of a run: where the data set (TFDS' data_dir, or PATH of folder:PATH) lies now, if it has moved."""
     variant: str | None = None
     """Of weights: the published network they are of, e.g. repvgg_a0."""
     output: Path | None = None

@@ -123,10 +123,13 @@ def _claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
     check_data_record(workdir, dataset)
     earlier = dataclasses.asdict(TrainConfig.load(path))
     # Where the data lie is no part of the result.
+    moved = {"data_dir"}
+    if earlier["dataset"].startswith("folder:") and config.dataset.startswith("folder:"):
+        moved.add("dataset")
     differing = [
         f"{name} was {earlier[name]}, is {value}"
         for name, value in dataclasses.asdict(config).items()
-        if name != "data_dir" and earlier[name] != value
+        if name not in moved and earlier[name] != value
     ]
     if differing:
         raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differing)}): name a new directory")
@@ -269,7 +272,7 @@ class _Run:
         `earlier` are the metrics of the steps that an earlier process made of this epoch.
         """
         metrics: list[dict[str, jax.Array]] = []
-        first = completed = len(earlier)
+        first = completed = checked = len(earlier)
         start = shown = time.perf_counter()
         for number in range(first + 1, self.steps_per_epoch + 1):
             if interruption.at_step((epoch - 1) * self.steps_per_epoch + number - 1):

@@ -155,7 +155,7 @@ def fuse_run(
 
     Args:
       workdir: a directory that `train.py` wrote.
-      data_dir: where the data set lies now, if it has moved.
+      data_dir: where the data set lies now, if it has moved; of a `folder:PATH` run, the new PATH.
       check_only: verify without writing.
       export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
       with_preprocess: of the exported files.
@@ -173,7 +173,9 @@ def fuse_run(
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
     config = TrainConfig.load(workdir / "config.json")
-    if data_dir is not None:
+    if data_dir is not None and config.dataset.startswith("folder:"):
+        config = dataclasses.replace(config, dataset=f"folder:{data_dir}")
+    elif data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")

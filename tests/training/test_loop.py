@@ -175,6 +175,28 @@ def test_another_config_in_the_same_directory_is_refused_by_field(tiny, finished
         train_and_evaluate(dataclasses.replace(tiny, epochs=3, learning_rate=0.2), finished.workdir)
 
 
+def test_a_folder_may_move_between_a_run_its_resumption_and_its_fusing(tiny, tmp_path):
+    for split, count in (("train", 8), ("test", 4)):
+        for name in ("dark", "light"):
+            directory = tmp_path / "old" / split / name
+            directory.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((8, 8, 3), 10 * number + 120 * (name == "light"), np.uint8)
+                Image.fromarray(pixels).save(directory / f"{number}.png")
+    old, new = (
+        dataclasses.replace(tiny, dataset=f"folder:{tmp_path / name}", batch_size=8, eval_batch_size=8)
+        for name in ("old", "new")
+    )
+    first = train_and_evaluate(old, tmp_path / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = train_and_evaluate(new, tmp_path / "run")
+    chex.assert_trees_all_equal(again.state, first.state)
+    fused = fuse_run(tmp_path / "run", data_dir=str(tmp_path / "new"))
+    assert fused.agreement == first.comparison.agreement
+    with pytest.raises(FileNotFoundError, match="old does not exist"):
+        fuse_run(tmp_path / "run")
+
+
 def test_a_directory_with_other_files_is_refused(tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="not empty and holds no run"):
