@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
@@ -48,6 +50,27 @@ class Cluster:
 def is_primary() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
+
+
+def on_primary(action: Callable[[], None]) -> None:
+    """Let process 0 do something while the others wait; where it fails, none goes on.
+
+    Raises:
+      ValueError, OSError: on process 0, what `action` raised; on the others, a ValueError that says so.
+    """
+    failure: Exception | None = None
+    if is_primary():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            failure = error
+    failed = failure is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ValueError("process 0 cannot begin, and has said why")
 
 
 def wait_for_all(place: str) -> None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
-from repvgg_jax.training.cluster import is_primary, wait_for_all
+from repvgg_jax.training.cluster import is_primary, on_primary, wait_for_all
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.figures import draw_confusion, draw_curves
@@ -48,6 +48,8 @@ from repvgg_jax.training.steps import (
 )
 
 _SECONDS_BETWEEN_PICTURES = 5.0
+# By steps, not by the clock, so that all processes find a loss that is not finite at the same one.
+_STEPS_BETWEEN_CHECKS = 10
 _FIRST_FILES = ("dataset.json", "config.json", ".lock")
 
 
@@ -96,11 +98,14 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
             f"split of {config.dataset}"
         )
     require_same_network(config, dataset.channels)
-    if is_primary():
-        _claim(workdir, config, dataset)
-    wait_for_all("claimed")
     run = _Run(config, dataset, steps_per_epoch, mesh)
-    with only_run_in(workdir) if is_primary() else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            _claim(workdir, config, dataset)
+            held.enter_context(only_run_in(workdir))
+
+        on_primary(claim)
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
             state, history = run.train(workdir, checkpoints)
         comparison = finish(workdir, config, dataset, run.model, state.eval_variables, mesh)
@@ -286,12 +291,16 @@ class _Run:
             jax.block_until_ready(metrics[done - first - 1])
             bar.update(done - completed)
             completed = done
+            check = done % _STEPS_BETWEEN_CHECKS == 0 or done == self.steps_per_epoch
+            if check and not self.config.skip_nonfinite:
+                losses = jax.device_get([step["loss"] for step in metrics[checked - first : done - first]])
+                for step, loss in enumerate(losses, start=checked + 1):
+                    self._require_finite(float(loss), f"epoch {epoch}, step {step}")
+                checked = done
             now = time.perf_counter()
             if now - shown > 0.5 or done == self.steps_per_epoch:
                 shown = now
                 values = {name: float(value) for name, value in metrics[done - first - 1].items()}
-                if not self.config.skip_nonfinite:
-                    self._require_finite(values["loss"], f"epoch {epoch}, step {done}")
                 bar.set_postfix_str(
                     f"epoch {epoch}, loss {values['loss']:.3f}, accuracy {values['accuracy']:.3f}, "
                     f"{(done - first) * self.config.batch_size / (now - start):,.0f} images/s",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,6 +74,24 @@ def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny
     (changed,) = re.findall(r"predictions changed +(\d+)", first)
     assert changed == "0"
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in finished.workdir.iterdir()}
+
+
+def test_a_config_that_process_0_refuses_stops_both(tiny, finished, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    processes = start_two(TINY.replace("--epochs 2", "--epochs 3"), tmp_path / "run", tiny.data_dir, tmp_path / "cache")
+    first, second = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], first + second
+    assert "another config (epochs was 2, is 3)" in first
+    assert "process 0 cannot begin, and has said why" in second
+
+
+def test_a_loss_that_is_not_finite_stops_both_at_the_same_step(tiny, tmp_path):
+    flags = f"{TINY} --learning-rate 1e30"
+    processes = start_two(flags, tmp_path / "run", tiny.data_dir, tmp_path / "cache")
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    named = [re.findall(r"the loss is (?:nan|inf) at (epoch 1, step [1-9]); there is no", output) for output in outputs]
+    assert named[0] == named[1] != []
 
 
 @pytest.mark.slow

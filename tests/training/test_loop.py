@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, t
     config = dataclasses.replace(tiny, learning_rate=1e30)
     with pytest.raises(
         TrainingDivergedError,
-        match=r"the loss is (nan|inf) at epoch 1.*there is no checkpoint yet. Lower learning_rate \(=1e\+30\)",
+        match=r"the loss is (nan|inf) at epoch 1, step 2; there is no checkpoint yet. Lower learning_rate \(=1e\+30\)",
     ):
         train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "deploy.safetensors").exists()
