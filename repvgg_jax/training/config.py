@@ -89,7 +89,9 @@ class TrainConfig:
     learning_rate_batch_size: int = 256
     """Batch size that learning_rate is meant for; the rate used is learning_rate × batch_size / this."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0 before the cosine to 0; at most half of all epochs."""
+    """Epochs of linear warm-up from 0 before the rate falls to 0; at most half of all epochs."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls from its peak to 0 at the last step: as a cosine, or in a straight line."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -174,6 +176,7 @@ class TrainConfig:
             f"a divisor of batch_size (={self.batch_size})",
         )
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        _require(self.schedule in ("cosine", "linear"), "schedule", self.schedule, "cosine or linear")
         _require(
             (self.mean is None) == (self.std is None),
             "mean and std",

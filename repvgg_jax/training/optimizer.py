@@ -14,21 +14,28 @@ from repvgg_jax.training.config import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up from 0, for at most half of all steps, then a cosine to 0 at the last.
+    """Linear warm-up from 0, for at most half of all steps, then a cosine or a straight line to 0 at the last.
 
     Args:
-      config: gives the peak rate (scaled to its batch size), the warm-up and the epochs.
+      config: gives the peak rate (scaled to its batch size), the warm-up, the shape of the decay and the epochs.
       steps_per_epoch: training steps in an epoch.
 
     Returns:
       A function from the step (counted from 0) to the learning rate.
+
+    References:
+      The cosine: the official repository, `train.py`. The line: Li et al., *Budgeted Training*, arXiv:1905.04753.
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 2)
-    cosine = optax.cosine_decay_schedule(config.peak_learning_rate, total - warmup)
+    peak = config.peak_learning_rate
+    if config.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, total - warmup)
+    else:
+        decay = optax.cosine_decay_schedule(peak, total - warmup)
     if not warmup:
-        return cosine
-    return optax.join_schedules([optax.linear_schedule(0.0, config.peak_learning_rate, warmup), cosine], [warmup])
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:

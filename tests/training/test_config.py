@@ -36,6 +36,7 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(accumulate_steps=3), r"accumulate_steps is 3: expected a divisor of batch_size \(=256\)"),
         (dict(ema_decay=1.0), r"ema_decay is 1.0: expected in \[0, 1\)"),
         (dict(dtype="float16"), "dtype is float16: expected float32 or bfloat16"),
+        (dict(schedule="step"), "schedule is step: expected cosine or linear"),
         (dict(mean=(0.5,)), "mean and std is .*expected both or neither"),
         (dict(mean=(0.5,), std=(0.0,)), "std is .*expected positive"),
         (dict(image_size=224, eval_resize=200), r"eval_resize is 200: expected at least image_size \(=224\)"),

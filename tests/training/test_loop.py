@@ -108,7 +108,7 @@ def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp
 
 
 def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_the_average(tiny, tmp_path, monkeypatch):
-    mixed = dict(cutout=2, mixup=0.2, cutmix=1.0, color_jitter=0.2, refine_epochs=1)
+    mixed = dict(flip=True, alternate_flip=True, cutout=2, mixup=0.2, cutmix=1.0, color_jitter=0.2, refine_epochs=1)
     config = dataclasses.replace(tiny, ema_decay=0.9, **mixed)
     whole = train_and_evaluate(config, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -18,6 +18,14 @@ def test_the_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero():
     np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 41))), rtol=1e-5, atol=1e-7)
 
 
+def test_a_linear_schedule_warms_up_as_the_cosine_does_and_falls_in_a_straight_line_to_zero():
+    config = TrainConfig(epochs=10, warmup_epochs=2, learning_rate=0.4, schedule="linear")
+    schedule = learning_rate_schedule(config, steps_per_epoch=5)
+    rates = [float(schedule(step)) for step in range(51)]
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), rtol=1e-5)
+    np.testing.assert_allclose(rates[10:], np.linspace(0.4, 0, 41), rtol=1e-5, atol=1e-7)
+
+
 def test_a_short_run_of_a_long_recipe_warms_up_for_half_of_it():
     schedule = learning_rate_schedule(TrainConfig(epochs=2, warmup_epochs=5, learning_rate=0.4), steps_per_epoch=10)
     assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 0.4, 0])
