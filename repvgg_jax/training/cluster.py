@@ -70,7 +70,7 @@ def on_primary(action: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if failed:
-        raise ValueError("process 0 cannot begin, and has said why")
+        raise ValueError("process 0 cannot begin, and has said why: mend that and start all processes again")
 
 
 def wait_for_all(place: str) -> None:
