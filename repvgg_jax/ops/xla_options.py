@@ -1,5 +1,6 @@
 """What XLA is told when it compiles a network."""
 
+import importlib.metadata
 from functools import lru_cache
 from typing import Any
 
@@ -7,14 +8,16 @@ import jax
 import jax.numpy as jnp
 
 # XLA:CPU hands products, convolutions and sums to YNNPACK, piece by piece, and is faster with its own products and
-# convolutions: 1.7 times for RepVGG-A0 at 224 pixels and batch 16 on two cores, 1.2 times in training.
+# convolutions: up to 1.7 times for RepVGG-A0 at 224 pixels and batch 16 on two cores. YNNPACK's sums are faster, 1.1 to
+# 1.3 times for a training step, but those of jaxlib 0.10.2 are wrong: https://github.com/jax-ml/jax/issues/39103.
+_SUMS_WRONGLY = importlib.metadata.version("jaxlib") == "0.10.2"
 _WANTED: dict[str, dict[str, Any]] = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "" if _SUMS_WRONGLY else "LIBRARY_FUSION_TYPE_REDUCE"},
 }
 
 
 def compiler_options(platform: str) -> dict[str, Any]:
-    """Options that make XLA's programs for these networks faster, for `jax.jit(..., compiler_options=…)`.
+    """Options that make XLA's programs for these networks faster, and right, for `jax.jit(..., compiler_options=…)`.
 
     Only those that the installed jaxlib knows: they come and go with its versions.
 
