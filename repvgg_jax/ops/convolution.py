@@ -29,12 +29,13 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
 
-    NHWC images with 1×1 or 3×3 HWIO kernels are lowered as `repvgg_jax.ops.table` says: in float32 on CPU as matrix
-    products, im2col or Winograd, each with gradients of its own; in bfloat16 and float16 on CUDA by space to depth
-    where many pixels have few channels and the stride is 2, and ungrouped, with zeros between the groups, where cuDNN's
-    grouped kernels are slow. The platform is the one the program is lowered for, not the one at hand. Every other
-    call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch the table sees the
-    global shape.
+    NHWC images with HWIO kernels of 1×1 or 3×3 taps, or of up to 7×7 taps in one group per channel, are lowered as
+    `repvgg_jax.ops.table` says. In float32 on CPU they become matrix products, im2col, Winograd or, in one group per
+    channel, sums of shifted images, each with gradients of its own. In bfloat16 and float16 on CUDA they are lowered by
+    space to depth where many pixels have few channels and the stride is 2, and ungrouped, with zeros between the
+    groups, where cuDNN's grouped kernels are slow. The platform is the one the program is lowered for, not the one at
+    hand. Every other call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch the
+    table sees the global shape.
 
     Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
     `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.
@@ -81,7 +82,7 @@ def conv_general_dilated(
         lhs.ndim == rhs.ndim == 4
         and lhs.dtype == rhs.dtype
         and preferred_element_type in (None, lhs.dtype)
-        and rhs.shape[:2] in ((1, 1), (3, 3))
+        and (rhs.shape[:2] in ((1, 1), (3, 3)) or feature_group_count == lhs.shape[3])
         and batch_group_count == 1
         and all(step == 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)[:3] == wanted[:3]

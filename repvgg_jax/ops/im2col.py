@@ -75,12 +75,9 @@ def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:
     """Stride 1: the convolution of `dy` with the flipped kernel. Otherwise the transpose, which adds shifted copies."""
-    (top, bottom), (left, right) = window.padding
-    high, wide = kernel.shape[0] - 1, kernel.shape[1] - 1
-    if window.strides == (1, 1) and max(top, bottom) <= high and max(left, right) <= wide:
-        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-        full = Window(padding=((high - top, high - bottom), (wide - left, wide - right)))
-        return forward(dy, flipped, full)
+    backwards = window.backwards(kernel.shape)
+    if backwards is not None:
+        return forward(dy, kernel[::-1, ::-1].swapaxes(2, 3), backwards)
     convolve = partial(forward, kernel=kernel, window=window)
     (dx,) = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(input_shape, dy.dtype))(dy)
     return dx

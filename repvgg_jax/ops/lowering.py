@@ -31,6 +31,18 @@ class Window(NamedTuple):
         )
         return rows, columns
 
+    def backwards(self, kernel_shape: Shape) -> "Window | None":
+        """The window of the input gradient as a convolution of `dy` with the flipped kernel.
+
+        None where it is no such convolution: at other strides than 1, or with more padding than taps to fill it.
+        """
+        rows, columns = (
+            (taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel_shape[:2], self.padding, strict=True)
+        )
+        if self.strides != (1, 1) or min(*rows, *columns) < 0:
+            return None
+        return self._replace(padding=(rows, columns))
+
 
 class Lowering(NamedTuple):
     """One way to compute a convolution and its two gradients, for NHWC images and HWIO kernels.

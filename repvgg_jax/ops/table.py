@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.ops import block_diagonal, im2col, plain, pointwise, space_to_depth, winograd
-from repvgg_jax.ops.grouped import by_group
+from repvgg_jax.ops import block_diagonal, depthwise, im2col, plain, pointwise, space_to_depth, winograd
+from repvgg_jax.ops.grouped import FEW_GROUPS, by_group
 from repvgg_jax.ops.lowering import Lowering, Shape, Window
 
 LOWERINGS: dict[str, Lowering] = {
     "plain": plain.lowering,
+    "depthwise": depthwise.lowering,
     "pointwise": by_group(pointwise.lowering),
     "im2col": by_group(im2col.lowering),
     "winograd_f2": by_group(winograd.f2),
@@ -67,6 +68,8 @@ def _choose_on_cuda(input_shape: Shape, kernel_shape: Shape, window: Window) -> 
     if space_to_depth.supports(input_shape, kernel_shape, window) and pixels >= 2**16:
         return Choice("space_to_depth", "plain", "space_to_depth")
     channels = kernel_shape[2], kernel_shape[3] // window.groups
+    if window.groups > FEW_GROUPS:  # not measured, and every zero between the groups is multiplied
+        return _PLAIN
     power_of_two = all(count & (count - 1) == 0 for count in channels)
     if window.groups > 1 and (pixels < 2**12 or not power_of_two):
         return Choice("block_diagonal", "plain", "plain")
@@ -77,13 +80,18 @@ def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exac
     def supported(name: str) -> bool:
         return LOWERINGS[name].supports(input_shape, kernel_shape, window)
 
-    if supported("pointwise"):
-        return Choice("pointwise", "pointwise", "pointwise")
+    for name in ("depthwise", "pointwise"):
+        if supported(name):
+            return Choice(name, name, name)
+    if not supported("im2col") or math.prod(kernel_shape[:2]) > 9:
+        return _PLAIN
     rows, columns = window.output_size(input_shape, kernel_shape)
+    if window.groups > FEW_GROUPS:
+        return _choose_for_many_groups(rows * columns, kernel_shape, window, supported("winograd_f4") and not exact)
     pixels = input_shape[0] * rows * columns  # below a few hundred, transforming the kernel costs more than it saves
     tiny = rows * columns <= 4  # where the plain convolution is at its worst, however little there is to do
-    if not supported("im2col") or (2 * pixels * math.prod(kernel_shape) < 4e7 and not tiny):
-        return _PLAIN
+    if 2 * pixels * math.prod(kernel_shape) < 4e7 and not tiny:
+        return _PLAIN._replace(kernel_gradient=_PLAIN.kernel_gradient if window.groups == 1 else "im2col")
     narrowest = min(kernel_shape[2], kernel_shape[3] // window.groups)
     if not exact and narrowest >= 16 and supported("winograd_f4"):
         if pixels >= 512 or tiny:
@@ -95,4 +103,16 @@ def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exac
         "im2col" if small else "plain",
         "im2col" if small or window.strides != (1, 1) else "plain",
         "im2col",
+    )
+
+
+def _choose_for_many_groups(pixels: int, kernel_shape: Shape, window: Window, winograd: bool) -> Choice:
+    """XLA's own kernel gradient of a grouped convolution takes a hundred times as long as a product."""
+    forward = "plain"
+    if kernel_shape[2] <= 4 or pixels <= 4:
+        forward = "winograd_f4" if winograd and pixels >= 100 else "im2col"
+    return Choice(
+        forward,
+        forward if window.strides == (1, 1) else "im2col",
+        "winograd_f4" if winograd else "im2col",
     )

@@ -141,9 +141,9 @@ def _forward(x: jax.Array, kernel: jax.Array, window: Window, tile: int) -> jax.
 
 
 def _input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape, tile: int) -> jax.Array:
-    (top, bottom), (left, right) = window.padding
-    full = Window(padding=((2 - top, 2 - bottom), (2 - left, 2 - right)))
-    return _forward(dy, kernel[::-1, ::-1].swapaxes(2, 3), full, tile)
+    backwards = window.backwards(kernel.shape)
+    assert backwards is not None  # by `supports`
+    return _forward(dy, kernel[::-1, ::-1].swapaxes(2, 3), backwards, tile)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape, tile: int) -> jax.Array:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from repvgg_jax.ops import conv_general_dilated, inference_on
+from repvgg_jax.ops import conv_general_dilated, grouped, inference_on
 from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.table import LOWERINGS, choose
 
@@ -105,7 +105,7 @@ def problems(draw, sides=(1, 3), strides=(1, 2), groups=(1, 1, 1, 2), unpadded=F
     usual = st.just(ONE if side == 3 else NONE)
     padding = draw(usual if unpadded else st.one_of(usual, st.tuples(amounts, amounts)))
     window = Window((draw(steps), draw(steps)), padding, count)
-    inside, out = (draw(st.sampled_from((2, 4, 16, 24))) for _ in range(2))
+    inside, out = (draw(st.sampled_from([n for n in (2, 4, 16, 24, 32) if n % count == 0])) for _ in range(2))
     size = draw(st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)))
     input_shape = (draw(st.integers(1, 3)), *size, inside)
     kernel_shape = (side, side, inside // count, out)
@@ -113,12 +113,26 @@ def problems(draw, sides=(1, 3), strides=(1, 2), groups=(1, 1, 1, 2), unpadded=F
     return input_shape, kernel_shape, window
 
 
+@st.composite
+def depthwise_problems(draw):
+    """(input_shape, kernel_shape, window) of one group per channel, with several outputs a channel now and then."""
+    channels, multiplier = draw(st.integers(2, 9)), draw(st.sampled_from((1, 1, 2, 3)))
+    taps = draw(st.tuples(*[st.sampled_from((1, 2, 3, 5, 7))] * 2))
+    padding = draw(st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2))
+    window = Window(draw(st.tuples(st.integers(1, 3), st.integers(1, 3))), padding, channels)
+    input_shape = (draw(st.integers(1, 3)), *draw(st.tuples(st.integers(1, 9), st.integers(1, 9))), channels)
+    kernel_shape = (*taps, 1, channels * multiplier)
+    assume(min(window.output_size(input_shape, kernel_shape)) > 0)
+    return input_shape, kernel_shape, window
+
+
 SUPPORTED = {
     "plain": problems(),
+    "depthwise": depthwise_problems(),
     "pointwise": problems(sides=(1,), groups=(1,), unpadded=True),
-    "im2col": problems(groups=(1,)),
-    "winograd_f2": problems(sides=(3,), strides=(1,), groups=(1,)),
-    "winograd_f4": problems(sides=(3,), strides=(1,), groups=(1,)),
+    "im2col": problems(groups=(1, 2, 16)),
+    "winograd_f2": problems(sides=(3,), strides=(1,), groups=(1, 2)),
+    "winograd_f4": problems(sides=(3,), strides=(1,), groups=(1, 2, 16)),
     "space_to_depth": problems(sides=(3,), strides=(2,), groups=(1,)),
     "block_diagonal": problems(groups=(2,)),
 }
@@ -151,9 +165,9 @@ def test_the_truth_is_that_of_lax_in_float64(input_shape, kernel_shape, window):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_lowering_is_the_convolution_on_every_map_size(name, size):
     seen = 0
-    for side, stride, channels, groups in itertools.product((1, 3), (1, 2), (3, 16), (1, 4)):
+    for side, stride, channels, groups in itertools.product((1, 3), (1, 2), (3, 16), (1, 4, 16)):
         window = Window((stride, stride), ONE if side == 3 else NONE, groups if channels == 16 else 1)
-        shapes = (2, size, size, channels), (side, side, channels // window.groups, 24)
+        shapes = (2, size, size, channels), (side, side, channels // window.groups, 16)
         if not LOWERINGS[name].supports(*shapes, window):
             continue
         arrays = problem(*shapes, window)
@@ -183,7 +197,7 @@ def test_the_public_function_is_the_convolution(case):
 def test_the_same_check_fails_on_a_padding_that_is_off_by_one(name):
     """`((0, 2), (0, 2))` keeps every shape, and is the bug of `padding="SAME"` at stride 2."""
     stride, channels = (2, 4) if name == "space_to_depth" else (1, 16)
-    window = Window((stride, stride), ONE, 2 if name == "block_diagonal" else 1)
+    window = Window((stride, stride), ONE, {"block_diagonal": 2, "depthwise": 16}.get(name, 1))
     shapes = (2, 8, 8, channels), (3, 3, channels // window.groups, 16)
     arrays = problem(*shapes, window)
     shifted = window._replace(padding=((0, 2), (0, 2)))
@@ -191,6 +205,57 @@ def test_the_same_check_fails_on_a_padding_that_is_off_by_one(name):
     found = by_lowering(LOWERINGS[name], *arrays, shifted)
     assert min(errors(found, truth(*arrays, window))) > 0.1
     assert_close(found, truth(*arrays, shifted))
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8, 9, 32, 256, 1024])
+@pytest.mark.parametrize("within", [1, 2])
+def test_the_program_does_not_grow_with_the_groups(groups, within):
+    """By its size, which compilation takes its time from; depthwise, and with two channels a group."""
+    window, channels = Window(padding=ONE, groups=groups), groups * within
+    arrays = problem((1, 2, 2, channels), (3, 3, within, channels), window)
+    convolve = partial(
+        conv_general_dilated,
+        window_strides=(1, 1),
+        padding=ONE,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+    def run(x, kernel, dy):
+        y, transpose = jax.vjp(convolve, x, kernel)
+        return y, *transpose(dy)
+
+    lowered = jax.jit(run).lower(*arrays)
+    assert len(lowered.as_text().splitlines()) < 2000
+    assert_close(lowered.compile()(*arrays), truth(*arrays, window))
+
+
+def test_the_same_measure_sees_groups_that_are_unrolled(monkeypatch):
+    monkeypatch.setattr(grouped, "FEW_GROUPS", 1024)
+    with pytest.raises(AssertionError):
+        test_the_program_does_not_grow_with_the_groups(256, 2)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 9, 32, 64])
+@pytest.mark.parametrize("within", [1, 4, 16])
+@pytest.mark.parametrize("size", [1, 2, 7, 14])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_no_kernel_gradient_of_a_grouped_convolution_is_xlas_own(groups, within, size, stride, batch):
+    """Which takes a hundred times as long on CPU."""
+    channels = groups * within
+    window = Window((stride, stride), ONE, groups)
+    chosen = choose((batch, size, size, channels), (3, 3, within, channels), window)["cpu"]
+    assert chosen.kernel_gradient != "plain"
+    assert (chosen.forward == "depthwise") == (within == 1)
+
+
+@pytest.mark.parametrize("shape", [(9, 9, 1, 4), (31, 31, 1, 4), (5, 5, 2, 4)])
+def test_large_kernels_are_plain(shape):
+    """Im2col would copy the image once a tap."""
+    groups = 4 // shape[2]
+    window = Window(padding=((shape[0] // 2,) * 2,) * 2, groups=groups)
+    assert set(choose((1, 32, 32, 4), shape, window)["cpu"]) == {"plain"}
 
 
 def test_winograd_at_realistic_width_stays_within_2e_5():
