@@ -94,9 +94,9 @@ def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
     if size < 0:
         raise ValueError(f"size (={size}) must not be negative")
     batch, height, width, _ = images.shape
-    tops = jax.random.randint(key, (batch, 2), 0, jnp.array([height, width])) - size // 2
+    tops = jax.random.randint(key, (batch, 2), 0, jnp.array([[height, width]])) - size // 2
     rows, columns = (
-        (jnp.arange(extent) >= top) & (jnp.arange(extent) < top + size)
+        (jnp.arange(extent)[None] >= top) & (jnp.arange(extent)[None] < top + size)
         for extent, top in ((height, tops[:, :1]), (width, tops[:, 1:]))
     )
     inside = rows[:, :, None] & columns[:, None, :]
@@ -139,7 +139,8 @@ def grey(images: jax.Array) -> jax.Array:
     """Luminance by ITU-R 601, `(…, C)` floating point to `(…, 1)`; images of one channel are their own."""
     if images.shape[-1] == 1:
         return images
-    return (images * jnp.array([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+    weights = jnp.expand_dims(jnp.array([0.299, 0.587, 0.114]), range(images.ndim - 1))
+    return (images * weights).sum(-1, keepdims=True)
 
 
 def normalize(
@@ -163,6 +164,6 @@ def normalize(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise ValueError(f"{name} has {len(values)} values, but the images have {channels} channels")
-    scaled = images.astype(jnp.float32) / 255
-    normalized = (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-    return normalized.astype(dtype)
+    # In the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for.
+    centre, spread = (jnp.expand_dims(jnp.asarray(each, jnp.float32), range(images.ndim - 1)) for each in (mean, std))
+    return ((images.astype(jnp.float32) / 255 - centre) / spread).astype(dtype)

@@ -46,7 +46,7 @@ def cutmix_weights(key: jax.Array, size: tuple[int, int], *, alpha: float) -> ja
         half = (extent * ratio).astype(jnp.int32) // 2
         distance = jnp.arange(extent) - jax.random.randint(centre_key, (), 0, extent)
         inside.append((distance >= -half) & (distance < half))
-    return jnp.where(inside[0][:, None] & inside[1], 0.0, 1.0)
+    return jnp.where(inside[0][:, None] & inside[1][None], 0.0, 1.0)
 
 
 def mix(images: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +60,7 @@ def mix(images: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.
     Returns:
       Images and targets of the same shapes and dtypes.
     """
-    own, share = weights[:, :, None].astype(images.dtype), weights.mean().astype(targets.dtype)
+    own, share = weights[None, :, :, None].astype(images.dtype), weights.mean().astype(targets.dtype)
     next_images, next_targets = jnp.roll(images, -1, axis=0), jnp.roll(targets, -1, axis=0)
     return own * images + (1 - own) * next_images, share * targets + (1 - share) * next_targets
 

@@ -88,7 +88,7 @@ def _solarize(image: jax.Array, strength: jax.Array, sign: jax.Array) -> jax.Arr
 
 
 def _autocontrast(image: jax.Array, strength: jax.Array, sign: jax.Array) -> jax.Array:
-    low, high = image.min((0, 1)), image.max((0, 1))
+    low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
     return jnp.where(high > low, (image - low) * 255 / jnp.maximum(high - low, 1), image)
 
 
@@ -108,7 +108,7 @@ def _warp(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     """Takes each pixel from matrix · (its place from the centre) + shift, in (row, column) order."""
     height, width, _ = image.shape
     centre = (jnp.array([height, width]) - 1) / 2
-    places = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1) - centre
+    places = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1) - centre[None, None]
     # Written out: a product of matrices this small would round to bfloat16 on some accelerators.
     rows, columns = (
         jnp.round(line[0] * places[..., 0] + line[1] * places[..., 1] + shift[axis] + centre[axis]).astype(jnp.int32)

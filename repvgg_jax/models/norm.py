@@ -56,7 +56,7 @@ class BatchNorm(nn.Module):
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             axes = tuple(range(x.ndim - 1))
             mean = wide.mean(axes)
-            var = jnp.square(wide - mean).mean(axes)
+            var = jnp.square(wide - _along_channels(mean, x.ndim)).mean(axes)
             y = self._normalize(wide, mean, var, scale, bias).astype(output_dtype)
         if not self.is_initializing():
             for running, batch in ((running_mean, mean), (running_var, var)):
@@ -65,4 +65,11 @@ class BatchNorm(nn.Module):
 
     def _normalize(self, x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        mean, factor, bias = (_along_channels(vector, x.ndim) for vector in (mean, factor, bias))
+        return (x - mean) * factor + bias
+
+
+def _along_channels(vector: jax.Array, rank: int) -> jax.Array:
+    """In the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for."""
+    return jnp.expand_dims(vector, range(rank - 1))

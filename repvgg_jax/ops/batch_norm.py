@@ -43,6 +43,11 @@ def batch_norm_train(
     return _batch_norm(x, scale, bias, epsilon)
 
 
+def _across(vector: jax.Array) -> jax.Array:
+    """Of the channels, for every pixel; by hand, for `jax_numpy_rank_promotion="raise"`."""
+    return vector[None, None, None]
+
+
 def _fast_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     mean = x.mean(_AXES)
     return mean, jnp.maximum(0, (x * x).mean(_AXES) - mean * mean)
@@ -52,7 +57,7 @@ def _robust_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """XLA:CPU sums `x` and `x * x` in one threaded pass each, but writes `x - mean` to memory first."""
 
     def once_more(x: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rest, var = _fast_statistics(x - mean)
+        rest, var = _fast_statistics(x - _across(mean))
         return mean + rest, var
 
     mean, var = _fast_statistics(x)
@@ -67,7 +72,7 @@ def _batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = materialize(x).astype(scale.dtype)
     mean, var = by_platform(wide, cpu=_robust_statistics, default=_fast_statistics)
-    y = (wide - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
+    y = (wide - _across(mean)) * _across(lax.rsqrt(var + epsilon) * scale) + _across(bias)
     return y.astype(x.dtype), mean, var
 
 
@@ -89,7 +94,7 @@ def _batch_norm_backward(epsilon, residuals, cotangents):
     slope = scale * inverse
     tilt = (2 * dvar - slope * inverse * dscale) / count
     offset = (dmean - slope * dbias) / count
-    dx = slope * dy + tilt * (x - mean) + offset
+    dx = _across(slope) * dy + _across(tilt) * (x - _across(mean)) + _across(offset)
     return dx.astype(dtype), dscale, dbias
 
 

@@ -77,7 +77,8 @@ def fold_batch_norm(
     folded_bias = offset * factor
     if bias is not None:
         folded_bias = folded_bias + _at_least_float32(bias)
-    return Convolution(kernel * factor, folded_bias)
+    # In the rank of the kernel, as `jax_numpy_rank_promotion="raise"` asks for.
+    return Convolution(kernel * factor.reshape([1] * (kernel.ndim - 1) + [-1]), folded_bias)
 
 
 def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:

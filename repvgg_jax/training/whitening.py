@@ -31,7 +31,7 @@ def whiten_stem(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
     patches = jax.lax.conv_general_dilated_patches(
         images, (3, 3), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     ).reshape(-1, images.shape[-1] * 9)
-    patches -= patches.mean(0)
+    patches -= patches.mean(0, keepdims=True)
     _, vectors = jnp.linalg.eigh(jnp.matmul(patches.T, patches, precision="highest") / len(patches))
     components = vectors[:, ::-1][:, : kernel.shape[-1] // 2]
     # Patches come with the channel first.

@@ -1,0 +1,88 @@
+"""Everything that users trace runs under `jax_numpy_rank_promotion="raise"`, as stock Flax does."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from repvgg_jax import create_model, fuse, fuse_model, reparameterize
+from repvgg_jax.models import reopen_model
+from repvgg_jax.reparam import equivalent_kernels
+from repvgg_jax.training import PRESETS
+from repvgg_jax.training.augmentation import augment
+from repvgg_jax.training.residual import residual_start
+from repvgg_jax.training.whitening import whiten_stem
+
+IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def _ranks_are_not_promoted():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def small(variant="repvgg_a0", **options):
+    return create_model(variant, num_classes=5, depths=(1, 1, 2, 1), width_multiplier=(0.25,) * 4, **options)
+
+
+def variables_of(model):
+    return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), IMAGES)
+
+
+def test_the_check_sees_a_promoted_rank():
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jax.eval_shape(lambda images: images + jnp.zeros(3), IMAGES)
+
+
+@pytest.mark.parametrize("ops", ["auto", "xla"])
+@pytest.mark.parametrize("variant", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
+def test_a_network_is_initialised_trained_and_evaluated(variant, ops):
+    model = small(variant, ops=ops)
+    variables = variables_of(model)
+
+    def loss(params, images):
+        outputs, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+        return sum(jnp.sum(each**2) for each in jax.tree.leaves(outputs)), updates
+
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables)
+    jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], IMAGES)
+    jax.eval_shape(partial(model.apply, train=False), variables, IMAGES)
+
+
+@pytest.mark.parametrize("function", [fuse, equivalent_kernels], ids=["fuse", "equivalent_kernels"])
+def test_variables_are_fused_under_transformations(function):
+    variables = variables_of(small())
+    jax.eval_shape(function, variables)
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), variables)
+    jax.eval_shape(jax.vmap(function), stacked)
+
+
+def test_a_network_is_fused_reparameterized_and_opened_again():
+    model = small()
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables_of(model))
+    deploy_model, deploy_variables = fuse_model(model, variables)
+    jax.eval_shape(partial(deploy_model.apply, train=False), deploy_variables, IMAGES)
+    merged = reparameterize(partial(model.apply, train=False), variables, IMAGES)
+    jax.eval_shape(merged, merged.params, IMAGES)
+    reopen = partial(reopen_model, deploy_model, key=jax.random.key(0))
+    jax.eval_shape(lambda *arguments: reopen(*arguments)[1], deploy_variables, IMAGES)
+
+
+def test_training_starts_whitened_and_near_the_identity():
+    variables = variables_of(small())
+    jax.eval_shape(whiten_stem, variables, IMAGES)
+    jax.eval_shape(partial(residual_start, scale=0.25), variables)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_augmented(channels):
+    everything = dict(
+        crop_padding=2, flip=True, trivial_augment=True, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0
+    )
+    config = dataclasses.replace(PRESETS["digits"], **everything, mean=(0.5,) * channels, std=(0.5,) * channels)
+    pixels = jax.ShapeDtypeStruct((4, 16, 16, channels), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((4,), jnp.int32)
+    jax.eval_shape(partial(augment, config=config, num_classes=5, epoch=0), jax.random.key(0), pixels, labels)
