@@ -22,6 +22,20 @@ _OTHERS = """broadcast_in_dim concatenate conv_general_dilated cumsum dot_genera
 _ELEMENTWISE = frozenset(f"{_CONTINUOUS} {_STEPS}".split())
 # These float64 makes more exact; all else is computed in the dtypes of the program, as it would be there.
 _LIFTED = frozenset(f"{_CONTINUOUS} {_OTHERS}".split())
+# NumPy computes these as XLA does, and compiles nothing: a network has a few for every one of its shapes.
+_ON_HOST: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "add_any": np.add,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "rsqrt": lambda value: 1 / np.sqrt(value),
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+}
 _DTYPE_PARAMETERS = ("new_dtype", "preferred_element_type", "dtype")
 
 
@@ -198,6 +212,12 @@ def _bind(equation: Any, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         for v in (*equation.invars, *equation.outvars)
         if jnp.issubdtype(v.aval.dtype, jnp.floating)
     )
+    if wide and all(value.dtype == np.float64 for value in values):
+        if equation.primitive.name in _ON_HOST:
+            with np.errstate(all="ignore"):
+                return [np.asarray(_ON_HOST[equation.primitive.name](*values))]
+        if equation.primitive.name == "reshape":
+            return [values[0].reshape(equation.params["new_sizes"])]
     to_integers = equation.primitive.name == "convert_element_type" and not jnp.issubdtype(target, jnp.inexact)
     if equation.primitive.name in _LIFTED and wide and not to_integers:
         lifted = {

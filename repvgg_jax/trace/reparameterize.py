@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -45,7 +44,7 @@ class Reparameterized:
         self._read: dict[Any, tuple[Interpreter, Any]] = {}
         self._first, _ = self._interpreted(inputs, leaves)
         program = self._first.program
-        self.params = {name: jnp.asarray(value) for name, value in zip(program.names, program.values(), strict=True)}
+        self.params = {name: jax.device_put(value) for name, value in zip(program.names, program.values(), strict=True)}
 
     def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
         """Compute what the function computes of the variables and these inputs.

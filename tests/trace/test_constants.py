@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.trace import reparameterize
+from repvgg_jax.trace import constants, reparameterize
 from tests.trace.networks import convolve
 
 
@@ -50,3 +50,21 @@ def test_random_keys_may_stand_anywhere(kind):
     fused = reparameterize(network, v, x)
     for batch in (x, jnp.ones((4, 3))):
         np.testing.assert_allclose(fused(fused.params, batch), network(v, batch), rtol=1e-5)
+
+
+def batch_norm(v, x):
+    y = (convolve(x, v["kernel"]) - v["mean"]) * (jax.lax.rsqrt(v["var"] + 1e-3) * v["scale"]) + v["bias"]
+    return jnp.sqrt(jnp.square(y / jnp.maximum(v["scale"].reshape(1, 1, -1), 0.1)))
+
+
+def test_the_arithmetic_of_batch_norms_compiles_nothing(monkeypatch):
+    """A program is compiled for each operation and shape otherwise, which took most of the time to merge a network."""
+    random = np.random.default_rng(0)
+    v = {name: random.uniform(0.5, 2, 5).astype(np.float32) for name in ("mean", "var", "scale", "bias")}
+    v["kernel"] = random.normal(size=(1, 1, 3, 5)).astype(np.float32)
+    x = random.normal(size=(1, 4, 4, 3)).astype(np.float32)
+    compiled = []
+    monkeypatch.setattr(constants, "_on_host", lambda equation, *_: compiled.append(equation.primitive.name))
+    fused = reparameterize(batch_norm, v, x)
+    assert compiled == []
+    np.testing.assert_allclose(fused(fused.params, x), batch_norm(v, x), rtol=1e-5, atol=1e-5)
