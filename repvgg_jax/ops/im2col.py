@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax.ops.lowering import Lowering, Shape, Window
+from repvgg_jax.ops.materialize import materialize
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
@@ -70,7 +71,7 @@ def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     down, across = taps = _taps(x.shape, kernel.shape, window)
     live = kernel[down.start : down.stop, across.start : across.stop]
     patches = _patches(x, window, window.output_size(x.shape, kernel.shape), taps)
-    return jnp.einsum("nhwk,ko->nhwo", patches, live.reshape(-1, kernel.shape[-1]))
+    return materialize(jnp.einsum("nhwk,ko->nhwo", patches, live.reshape(-1, kernel.shape[-1])))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:

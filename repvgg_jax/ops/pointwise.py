@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax.ops.lowering import Lowering, Shape, Window
+from repvgg_jax.ops.materialize import materialize
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
@@ -18,7 +19,7 @@ def _sampled(x: jax.Array, window: Window) -> jax.Array:
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """Sample the pixels, multiply by the (in, out) matrix."""
-    return jnp.einsum("nhwi,io->nhwo", _sampled(x, window), kernel[0, 0])
+    return materialize(jnp.einsum("nhwi,io->nhwo", _sampled(x, window), kernel[0, 0]))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:
