@@ -49,7 +49,9 @@ class Emitter:
 
     def leave(self, reason: str) -> None:
         """Note why what stands in this scope is not merged with what it reads."""
-        self.left.setdefault(reason, []).append(_tidy(self.scope))
+        scopes, scope = self.left.setdefault(reason, []), _tidy(self.scope)
+        if scope not in scopes:
+            scopes.append(scope)
 
     def value(self, node: Node, aval: Any) -> Affine:
         """A value of the program, as the affine map of itself that it is."""
@@ -138,6 +140,7 @@ class Emitter:
             convolve(term.window, self._convolution),
             operands,
             name="conv_general_dilated",
+            convolutions=1,
             multiply_adds=math.prod(term.kernel.shape[:-1]) * math.prod(value.aval.shape),
         )
         return node

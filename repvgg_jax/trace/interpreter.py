@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,14 @@ from repvgg_jax.trace.emitter import Emitter, Group
 from repvgg_jax.trace.program import Program
 from repvgg_jax.trace.rules import RULES, STRETCHING, Value
 
+_BATCH_STATISTICS = (
+    "a mean of each channel over the batch, which depends on the images. Was the function traced with train=True? "
+    "Batch norms fold in evaluation"
+)
+_LOOP = (
+    "the convolutions are inside of `{}`, where nothing is merged. Trace the layers one after the other: a Python loop "
+    "in the place of nn.scan, lax.scan or lax.map merges them all"
+)
 # What these primitives call is part of the function, whatever they say of its compilation.
 _CALLS = {
     "pjit": "jaxpr",
@@ -37,12 +45,10 @@ class Interpreter:
     Attributes:
       convolutions: read so far.
       multiply_adds: of the convolutions and products read so far.
-      notes: on what was left, and why.
     """
 
     def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
         self.convolutions, self.multiply_adds = 0, 0
-        self.notes: list[str] = []
         self._emitter = Emitter(convolution, fewest)
 
     @property
@@ -105,7 +111,7 @@ class Interpreter:
         constants = [operand for operand in operands if isinstance(operand, Constant)]
         if len(constants) == len(operands) and not equation.effects and can_evaluate(equation, constants):
             return evaluate(equation, constants)
-        self.convolutions += name == "conv_general_dilated"
+        self.convolutions += _convolutions(equation)
         self.multiply_adds += _multiply_adds(equation)
         if name in RULES and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
             shape = equation.outvars[0].aval.shape
@@ -121,11 +127,13 @@ class Interpreter:
         name = equation.primitive.name
         taken = [self._emitter.operand(operand, name) for operand in operands]
         self._note_batch_statistics(equation, taken)
+        self._note_loop(equation)
         nodes = self.program.add(
             lambda *values: bind(equation, values, equation.params),
             taken,
             name=name,
             results=len(equation.outvars),
+            convolutions=_convolutions(equation),
             multiply_adds=_multiply_adds(equation),
             keep=bool(equation.effects),
         )
@@ -134,16 +142,16 @@ class Interpreter:
         ]
 
     def _note_batch_statistics(self, equation: Any, operands: Sequence[Any]) -> None:
-        if equation.primitive.name != "reduce_sum" or not isinstance(operands[0], int):
-            return
-        rank = len(equation.invars[0].aval.shape)
-        kept = set(range(rank)) - set(equation.params["axes"])
-        # Images, or what is known to come from a convolution: fewer axes might be those of one example.
-        if kept == {self._emitter.convolved.get(operands[0])} or (rank >= 4 and len(kept) == 1 and 0 not in kept):
-            self.notes.append(
-                f"left in {self._emitter.scope or 'the function'}: a mean of each channel over the batch, which "
-                "depends on the images. Was the function traced with train=True? Batch norms fold in evaluation"
-            )
+        of_images = any(_keeps_channels(inner) for _, inner in _within(equation))
+        if not of_images and equation.primitive.name == "reduce_sum" and isinstance(operands[0], int):
+            # Fewer axes might be those of one example, but for what is known to come from a convolution.
+            of_images = _kept(equation) == {self._emitter.convolved.get(operands[0])}
+        if of_images:
+            self._emitter.leave(_BATCH_STATISTICS)
+
+    def _note_loop(self, equation: Any) -> None:
+        if equation.primitive.name != "conv_general_dilated" and _convolutions(equation):
+            self._emitter.leave(_LOOP.format(equation.primitive.name))
 
 
 def _literal(variable: Any) -> Constant:
@@ -175,16 +183,41 @@ def _called(equation: Any) -> Any:
 
 def _convolves(jaxpr: Any) -> bool:
     """Whether a convolution stands in it, or in what it calls."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            return True
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns") and _convolves(inner):
-                return True
-    return False
+    return any(_convolutions(equation) for equation in jaxpr.eqns)
+
+
+def _within(equation: Any) -> Iterator[tuple[int, Any]]:
+    """The equation and those of the functions it calls, each with the number of times that it runs."""
+    yield 1, equation
+    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    for called in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        for inner in getattr(called, "eqns", ()):
+            for often, each in _within(inner):
+                yield times * often, each
+
+
+def _kept(equation: Any) -> set[int]:
+    """The axes that a sum keeps."""
+    return set(range(len(equation.invars[0].aval.shape))) - set(equation.params["axes"])
+
+
+def _keeps_channels(equation: Any) -> bool:
+    """Whether it sums images over all axes but one, the batch among them."""
+    if equation.primitive.name != "reduce_sum" or len(equation.invars[0].aval.shape) < 4:
+        return False
+    kept = _kept(equation)
+    return len(kept) == 1 and 0 not in kept
+
+
+def _convolutions(equation: Any) -> int:
+    return sum(times for times, each in _within(equation) if each.primitive.name == "conv_general_dilated")
 
 
 def _multiply_adds(equation: Any) -> int:
+    return sum(times * _own_multiply_adds(each) for times, each in _within(equation))
+
+
+def _own_multiply_adds(equation: Any) -> int:
     name = equation.primitive.name
     if name == "conv_general_dilated":
         kernel, channel = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]

@@ -44,6 +44,7 @@ class Step:
     operands: tuple[Operand, ...]
     results: tuple[Node, ...]
     name: str
+    convolutions: int = 0
     multiply_adds: int = 0
     keep: bool = False
     """Whether it stays though no output needs it: it prints, say."""
@@ -86,12 +87,13 @@ class Program:
         *,
         name: str,
         results: int = 1,
+        convolutions: int = 0,
         multiply_adds: int = 0,
         keep: bool = False,
     ) -> tuple[Node, ...]:
         """Append a step; returns its values."""
         nodes = tuple(self.node() for _ in range(results))
-        self.steps.append(Step(run, tuple(operands), nodes, name, multiply_adds, keep))
+        self.steps.append(Step(run, tuple(operands), nodes, name, convolutions, multiply_adds, keep))
         return nodes
 
     def prune(self) -> None:

@@ -20,7 +20,7 @@ class Change(NamedTuple):
 def totals(interpreter: Interpreter, elements: Change) -> dict[str, Change]:
     """Convolutions, multiply-adds and array elements, before and after."""
     steps = interpreter.program.steps
-    convolutions = sum(step.name == "conv_general_dilated" for step in steps)
+    convolutions = sum(step.convolutions for step in steps)
     return {
         "convolutions": Change(interpreter.convolutions, convolutions),
         "multiply-adds": Change(interpreter.multiply_adds, sum(step.multiply_adds for step in steps)),
@@ -29,7 +29,7 @@ def totals(interpreter: Interpreter, elements: Change) -> dict[str, Change]:
 
 
 def describe(interpreter: Interpreter, figures: Mapping[str, Change]) -> str:
-    """Tables of the totals and of the groups, and the notes."""
+    """Tables of the totals and of the groups, and what was left, with the reason."""
     rows = [(name, f"{change.before:,}", f"{change.after:,}") for name, change in figures.items()]
     lines = [tabulate(rows, ("", "before", "after"), colalign=("left", "right", "right"))]
     merged = [group for group in interpreter.groups if group.before > group.after]
@@ -38,5 +38,4 @@ def describe(interpreter: Interpreter, figures: Mapping[str, Change]) -> str:
     for reason, scopes in interpreter.left.items():
         shown = ", ".join(scopes[:3]) + (f" and {len(scopes) - 3} more" if len(scopes) > 3 else "")
         lines.append(f"left apart in {shown}: {reason}")
-    lines += interpreter.notes
     return "\n\n".join(lines)

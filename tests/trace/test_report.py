@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from repvgg_jax import create_model
+from repvgg_jax.models.blocks import RepVGGBlock
 from repvgg_jax.trace import reparameterize
 from tests.random_variables import random_images, random_variables
 from tests.trace.networks import convolve
@@ -14,13 +15,14 @@ from tests.trace.networks import convolve
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def test_training_mode_is_pointed_out():
-    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5, ops="xla")
+@pytest.mark.parametrize("ops", ["auto", "xla"])
+def test_training_mode_is_pointed_out(ops):
+    model = create_model("repvgg_a0", depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4, num_classes=5, ops=ops)
     variables = random_variables(model, dtype=np.float32)
     images = random_images((2, 16, 16, 3), np.float32)
     train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0]  # noqa: E731
     fused = reparameterize(train, variables, images)
-    assert "Was the function traced with train=True?" in fused.report()
+    assert fused.report().count("Was the function traced with train=True?") == 1
     np.testing.assert_allclose(fused(fused.params, images), train(variables, images), atol=1e-4)
     assert "train=True" not in reparameterize(lambda v, x: model.apply(v, x, train=False), variables, images).report()
 
@@ -57,3 +59,28 @@ def test_the_report_says_what_was_left_and_why():
     half = lambda v, x: convolve(x, v["a"]).astype(jnp.bfloat16)  # noqa: E731
     assert "the dtype changes after a convolution" in reparameterize(half, v, images).report()
     assert "left apart" not in reparameterize(lambda v, x: convolve(x, v["a"]) + v["bias"], v, images).report()
+
+
+class Scanned(nn.Module):
+    """Three RepVGG blocks with stacked variables."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            lambda block, x, _: (block(x, train=False), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scan(RepVGGBlock(4), x, None)[0]
+
+
+def test_convolutions_in_a_loop_are_counted_and_pointed_out():
+    images = jnp.ones((1, 5, 5, 4))
+    module = Scanned()
+    variables = module.init(jax.random.key(0), images)
+    fused = reparameterize(module.apply, variables, images)
+    assert fused.totals["convolutions"] == (6, 6)
+    assert fused.totals["multiply-adds"].before == 3 * 25 * (9 + 1) * 4 * 4
+    assert "inside of `scan`, where nothing is merged" in fused.report()
+    np.testing.assert_allclose(fused(fused.params, images), module.apply(variables, images), rtol=1e-6)
