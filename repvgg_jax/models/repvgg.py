@@ -145,6 +145,11 @@ class RepVGG(nn.Module):
                 f"images are {images.dtype}{images.shape}: expected floating point (batch, height, width, channels); "
                 "normalise uint8 images first, (images / 255 - mean) / std"
             )
+        if images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
+            raise ValueError(
+                f"images are {images.shape}: expected (batch, height, width, channels), but the channels seem to come "
+                "first; images.transpose(0, 2, 3, 1) puts them last"
+            )
         policy: dict[str, Any] = dict(
             epsilon=self.epsilon,
             momentum=self.momentum,

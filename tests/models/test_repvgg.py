@@ -118,3 +118,15 @@ def test_any_image_size_and_channel_count_works():
         model = small()
         variables = random_variables(model, shape, np.float32)
         assert model.apply(variables, random_images(shape, np.float32), train=False).shape == (shape[0], 5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 28, 20), (1, 4, 64, 48)])
+def test_images_with_the_channels_first_are_refused(shape):
+    with pytest.raises(ValueError, match=r"transpose\(0, 2, 3, 1\)"):
+        jax.eval_shape(lambda: small().init(jax.random.key(0), jnp.ones(shape), train=False))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 3, 3, 3), (1, 3, 32, 4), (1, 32, 3, 3), (1, 4, 4, 16)])
+def test_small_and_narrow_images_with_the_channels_last_are_taken(shape):
+    variables = jax.eval_shape(lambda: small().init(jax.random.key(0), jnp.ones(shape), train=False))
+    assert variables["params"]["stem"]["branch_1x1"]["conv"]["kernel"].shape[2] == shape[3]
