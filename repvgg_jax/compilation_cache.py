@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 
-def keep_compiled_programs() -> str | None:
+class Kept(NamedTuple):
+    """Where compiled programs are kept.
+
+    Attributes:
+      directory: or None where they are not kept.
+      reason: why they are not, where that was not asked for.
+    """
+
+    directory: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.directory is not None:
+            return f"compiled programs are kept in {self.directory}"
+        return f"compiled programs are not kept{f': {self.reason}' if self.reason else ''}"
+
+
+def keep_compiled_programs() -> Kept:
     """Switch on JAX's persistent compilation cache, where the user has not chosen a place for it already.
 
     The place is `repvgg_jax/xla` in `XDG_CACHE_HOME` or `~/.cache`. `JAX_COMPILATION_CACHE_DIR` names another, and
-    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Programs that compile in less than a second are not kept.
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Programs that compile in less than a second are not kept. A
+    place that cannot be written is left alone, and the cache is off.
 
     Returns:
-      The directory, or None where the cache is off.
+      The directory, or None where the cache is off, and why.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
-        return None
+        return Kept(None)
     chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if chosen is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        chosen = str(Path(home) / "repvgg_jax" / "xla")
-        jax.config.update("jax_compilation_cache_dir", chosen)
-    return chosen
+    try:
+        directory = chosen or str(_home() / "repvgg_jax" / "xla")
+        if "://" not in directory:
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+    except (OSError, RuntimeError, ValueError) as error:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return Kept(None, f"{error}; JAX_COMPILATION_CACHE_DIR names another place")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    return Kept(directory)
+
+
+def _home() -> Path:
+    """The user's directory for caches. A relative one counts for nothing, as XDG's specification says."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = named if named.is_absolute() else Path.home() / ".cache"
+    if not home.is_absolute():
+        raise ValueError(f"HOME is {os.environ.get('HOME')!r}: expected an absolute path")
+    return home

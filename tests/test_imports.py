@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "models": {"reparam", "ops"},
     "data": set(),
     "interop": {"reparam", "ops", "models", "version"},
-    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "terminal"},
+    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "terminal"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
 

@@ -9,7 +9,8 @@ from repvgg_jax.training.huge_pages import HUGE_PAGES, restart_with_huge_pages
 COMPILE = """
 import jax
 from repvgg_jax.compilation_cache import keep_compiled_programs
-print(keep_compiled_programs())
+kept = keep_compiled_programs()
+print(kept.directory, kept.reason, sep="|")
 jax.jit(lambda x: x + 1)(0).block_until_ready()
 print("computed")
 """
@@ -37,22 +38,40 @@ def run(code, **variables):
 
 def test_compiled_programs_are_kept_in_the_users_cache_directory(tmp_path):
     _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path))
-    assert output == [str(tmp_path / "repvgg_jax" / "xla"), "computed"]
+    assert output == [f"{tmp_path / 'repvgg_jax' / 'xla'}|None", "computed"]
     assert list((tmp_path / "repvgg_jax" / "xla").iterdir())
 
 
 def test_another_place_is_respected_and_so_is_none(tmp_path):
     chosen = tmp_path / "chosen"
     _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(chosen))
-    assert output == [str(chosen), "computed"]
+    assert output == [f"{chosen}|None", "computed"]
     _, output = run(COMPILE, XDG_CACHE_HOME=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="false")
-    assert output == ["None", "computed"]
+    assert output == ["None|None", "computed"]
     assert not (tmp_path / "repvgg_jax").exists()
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing():
-    _, output = run(COMPILE, XDG_CACHE_HOME="/proc/none")
-    assert output == ["/proc/none/repvgg_jax/xla", "computed"]
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"XDG_CACHE_HOME": "/proc/none"},
+        {"XDG_CACHE_HOME": "FILE"},
+        {"XDG_CACHE_HOME": "", "HOME": "relative"},
+        {"JAX_COMPILATION_CACHE_DIR": "FILE"},
+    ],
+    ids=str,
+)
+def test_a_cache_that_cannot_be_written_stops_nothing_and_is_not_promised(variables, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, (kept, computed) = run(COMPILE, **{k: v.replace("FILE", str(tmp_path / "file")) for k, v in variables.items()})
+    directory, reason = kept.split("|")
+    assert (directory, computed) == ("None", "computed")
+    assert "JAX_COMPILATION_CACHE_DIR names another place" in reason
+
+
+def test_a_relative_cache_directory_counts_for_nothing(tmp_path):
+    _, output = run(COMPILE, XDG_CACHE_HOME="relative", HOME=str(tmp_path))
+    assert output == [f"{tmp_path / '.cache' / 'repvgg_jax' / 'xla'}|None", "computed"]
 
 
 @LINUX
