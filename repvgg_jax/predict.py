@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ import tyro
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import fit, normalize, read_image
 from repvgg_jax.data.folder import EXTENSIONS
+from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.models import compile_inference
+from repvgg_jax.terminal import Output, fail, printable, run_command
 
 
 class Prediction(NamedTuple):
@@ -139,28 +141,38 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
       The exit status: 0, 1 where an image could not be read, 2 for bad input.
     """
+    return run_command(partial(_classify, arguments))
+
+
+def _classify(arguments: Sequence[str], output: Output) -> int:
     parsed = tyro.cli(_Arguments, args=arguments, prog="python -m repvgg_jax.predict", description=__doc__)
-    keep_compiled_programs()
     status = 0
     try:
-        paths = find_images(parsed.images, sys.stdin)
+        require_devices()
+        keep_compiled_programs()
+        paths = find_images(parsed.images, sys.stdin or ())
         if not paths:
             raise ValueError("no image is named: give files, directories, or - and a list on standard input")
         deployed = load_deploy(parsed.weights)
         for prediction in predict(deployed, paths, top=parsed.top, batch_size=parsed.batch_size):
+            if output.failure is not None:
+                break
             if prediction.error is not None:
                 status = 1
             if parsed.as_json:
-                print(json.dumps(_as_json(prediction), ensure_ascii=False), flush=True)
+                print(json.dumps(_as_json(prediction), ensure_ascii=not _encodes_all(sys.stdout)), flush=True)
             elif prediction.error is not None:
-                print(f"error: {prediction.error}", file=sys.stderr, flush=True)
+                fail(prediction.error, 1)
             else:
-                lines = [f"{100 * probability:8.2f} %  {name}" for name, probability in prediction.classes]
-                print("\n".join([prediction.path, *lines]), flush=True)
+                lines = [f"{100 * probability:8.2f} %  {printable(name)}" for name, probability in prediction.classes]
+                print("\n".join([printable(prediction.path), *lines]), flush=True)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     return status
+
+
+def _encodes_all(stream: TextIO) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _as_json(prediction: Prediction) -> dict[str, object]:

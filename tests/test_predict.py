@@ -1,5 +1,6 @@
 """`python -m repvgg_jax.predict` prints what the deploy form computes."""
 
+import errno
 import io
 import json
 import subprocess
@@ -124,3 +125,53 @@ def test_predicting_needs_neither_tensorflow_nor_grain_nor_orbax():
     code = f"import sys, repvgg_jax.predict; print({heavy} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_a_reader_that_goes_away_ends_the_work_quietly(place, monkeypatch, capsys):
+    class Unread(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    written = []
+    monkeypatch.setattr(sys, "stdout", Unread())
+    arguments = [str(place / "deploy.safetensors"), str(place / "broken.jpg"), str(place / "images")]
+    assert main([*arguments, "--batch-size", "1"]) == 1
+    assert len(written) == 1
+    assert capsys.readouterr().err.count("error:") == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_exact_in_every_encoding(place, tmp_path, encoding, monkeypatch):
+    image = tmp_path / "Frösche 👩‍🔬 猫.png"
+    image.write_bytes((place / "images" / "a.png").read_bytes())
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main([str(place / "deploy.safetensors"), str(image), "--json"]) == 0
+    line = json.loads(stdout.buffer.getvalue().decode(encoding))
+    assert line["path"] == str(image)
+    assert {one["name"] for one in line["classes"]} == set(NAMES)
+
+
+def test_names_reach_the_terminal_as_text_alone(place, tmp_path, capsys):
+    image = tmp_path / "a\x1b[2J\n  99.00 %  cat.png"
+    image.write_bytes((place / "images" / "a.png").read_bytes())
+    assert main([str(place / "deploy.safetensors"), str(image), str(tmp_path / "no\x1b[2J.png"), "--top", "1"]) == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0] == rf"{tmp_path}/a\x1b[2J\n  99.00 %  cat.png"
+    assert len(output.out.splitlines()) == 2
+    assert "\x1b" not in output.err
+
+
+def test_a_jax_that_cannot_start_is_told_in_a_line(place, monkeypatch, capsys):
+    def fails():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert main([str(place / "deploy.safetensors"), str(place / "images")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "JAX cannot start" in line
