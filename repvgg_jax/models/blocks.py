@@ -76,6 +76,15 @@ class ConvBN(nn.Module):
         )(x)
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """Return `x`, computed before any sum over it.
+
+    In jaxlib 0.10.2 to 0.12.0 XLA:CPU gives `relu(x).sum()` to YNNPACK as one, for which `max(nan, 0)` is 0: a network
+    that is broken would answer as if it were not.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 class SqueezeExcite(nn.Module):
     """Scale each channel by a sigmoid gate computed from the channel means.
 
@@ -96,7 +105,7 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `(batch, height, width, channels)` to the same shape."""
         dense = partial(nn.Dense, kernel_init=kernel_init, dtype=self.dtype, param_dtype=self.param_dtype)
-        gate = x.mean(axis=(1, 2))
+        gate = whole(x).mean(axis=(1, 2))
         gate = nn.relu(dense(self.reduced_features, name="down")(gate))
         gate = nn.sigmoid(dense(x.shape[-1], name="up")(gate))
         return x * gate[:, None, None, :]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init
+from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init, whole
 from repvgg_jax.models.operations import Operations
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
@@ -209,4 +209,4 @@ class RepVGG(nn.Module):
 
 
 def _spatial_mean(x: jax.Array) -> jax.Array:
-    return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return whole(x).mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
