@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ class Agreement(NamedTuple):
       relative: `max_difference / max_reference`; NaN where either side holds a value that is not finite.
       predictions_changed: rows whose argmax differs.
       compared: rows in all.
+      spread: how far apart the logits of one class lie, relative to the largest logit, in the form where they lie
+        closer: what the inputs change at all. Of a single row, the same over its classes. NaN as `relative` is, and
+        infinite for a single logit, which has nothing to differ from.
     """
 
     max_difference: float
@@ -28,12 +32,27 @@ class Agreement(NamedTuple):
     relative: float
     predictions_changed: int
     compared: int
+    spread: float = math.inf
 
     def require(self, rtol: float) -> Agreement:
         """Return the agreement, or raise an EquivalenceError with its figures.
 
-        It holds where the relative difference is at most `rtol` and no prediction changed.
+        It holds where the relative difference is at most `rtol` and no prediction changed. Nothing is proven, and that
+        is an error as well, where a logit is not finite, or where a form answers each input the same: then the logits
+        lie within `rtol` of each other, and any network with these constants would pass. One input is compared by its
+        classes, and a single logit of one input as it is, since a test of one image or one class is small, not empty.
         """
+        if math.isnan(self.relative):
+            raise EquivalenceError(
+                "nothing is proven: a logit is NaN or infinite; look for values that are not finite in the weights, "
+                "the batch statistics, mean, std and the images"
+            )
+        if self.spread <= rtol:
+            raise EquivalenceError(
+                f"nothing is proven: a form answers every input the same (its logits differ by {self.spread:.3g} of "
+                f"the largest, expected more than {rtol:.3g}); compare on other images, or, where the network has "
+                "collapsed, train it anew with a lower learning rate"
+            )
         if not self.relative <= rtol or self.predictions_changed:
             raise EquivalenceError(
                 f"the two forms are not the same function: largest logit difference {self.max_difference:.3g} "
@@ -67,13 +86,22 @@ def agreement(reference: Any, candidate: Any) -> Agreement:
             "with at least one row"
         )
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-        difference = scale = relative = float("nan")
+        difference = scale = relative = spread = float("nan")
     else:
+        spread = min(_range(expected), _range(found))
         difference = float(np.abs(expected - found).max())
         scale = float(np.abs(expected).max())
         relative = 0.0 if difference == 0 else difference / scale if scale else float("inf")
+        spread = spread / scale if scale else spread
     changed = int(np.sum(expected.argmax(-1) != found.argmax(-1)))
-    return Agreement(difference, scale, relative, changed, len(expected))
+    return Agreement(difference, scale, relative, changed, len(expected), spread)
+
+
+def _range(logits: np.ndarray) -> float:
+    """The largest range of a class over the rows; of a single row, over the classes; infinite for a single logit."""
+    if logits.size == 1:
+        return math.inf
+    return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
 def assert_equivalent(reference: Any, candidate: Any, *, rtol: float) -> Agreement:
@@ -89,7 +117,7 @@ def assert_equivalent(reference: Any, candidate: Any, *, rtol: float) -> Agreeme
       The agreement, where it holds.
 
     Raises:
-      EquivalenceError: where it does not; the message carries the figures.
+      EquivalenceError: where it does not, or where nothing is proven; see `Agreement.require`.
     """
     return agreement(reference, candidate).require(rtol)
 

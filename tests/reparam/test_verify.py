@@ -33,8 +33,34 @@ def test_one_changed_prediction_is_refused_however_small_the_difference():
 def test_values_that_are_not_finite_never_agree(value):
     broken = logits()
     broken[0, 0] = value
-    with pytest.raises(EquivalenceError):
-        assert_equivalent(broken, broken, rtol=1.0)
+    for pair in ((broken, broken), (logits(), broken), (broken, logits())):
+        with pytest.raises(EquivalenceError, match="nothing is proven: a logit is NaN or infinite"):
+            assert_equivalent(*pair, rtol=1.0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, (1.0, 2.0, 3.0, 4.0)], ids=str)
+def test_a_form_that_answers_every_input_the_same_proves_nothing(constant):
+    same = np.broadcast_to(constant, (6, 4))
+    for pair in ((same, same), (same, same + 1e-9 * logits())):
+        with pytest.raises(EquivalenceError, match="nothing is proven: a form answers every input the same"):
+            assert_equivalent(*pair, rtol=1e-5)
+    # What varies by more than is allowed to differ is proof.
+    assert assert_equivalent(same + logits(), same + logits(), rtol=1e-5).spread > 1e-5
+
+
+def test_one_form_that_is_constant_is_enough_to_prove_nothing():
+    with pytest.raises(EquivalenceError, match="nothing is proven"):
+        assert_equivalent(logits(), np.zeros((6, 4)), rtol=1.0)
+
+
+def test_one_image_is_compared_by_its_classes_and_a_single_logit_as_it_is():
+    assert assert_equivalent([[1.0, 2.0]], [[1.0, 2.0]], rtol=1e-5).spread == 0.5
+    with pytest.raises(EquivalenceError, match="nothing is proven"):
+        assert_equivalent([[2.0, 2.0]], [[2.0, 2.0]], rtol=1e-5)
+    assert assert_equivalent([[2.0]], [[2.0]], rtol=1e-5).compared == 1
+    with pytest.raises(EquivalenceError, match="not the same function"):
+        assert_equivalent([[2.0]], [[2.1]], rtol=1e-5)
+    assert assert_equivalent([[1.0], [2.0]], [[1.0], [2.0]], rtol=1e-5).spread == 0.5
 
 
 def test_shapes_that_differ_are_refused():
