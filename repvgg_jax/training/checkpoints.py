@@ -15,8 +15,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
+from repvgg_jax.terminal import one_line
 from repvgg_jax.training.cluster import is_primary, wait_for_all
 from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training.run_path import plain_path
 from repvgg_jax.training.steps import TrainState
 
 EpochMetrics = list[dict[str, float]]
@@ -73,16 +75,19 @@ class Checkpoints:
             history = [line for line in read_metrics(workdir) if "test/accuracy" in line]
             self._accuracies = {int(line["step"]): line["test/accuracy"] for line in history}
             kept = AnyPreservationPolicy([LatestN(n=keep), _MostAccurate(self._accuracies)])
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=True)
-        )
+        with contextlib.ExitStack() as opened:
+            self._shown = opened.enter_context(plain_path(self.directory))
+            self._manager = ocp.CheckpointManager(
+                self._shown, options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=True)
+            )
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # What failed to be written before fails again here, and must not hide why the run ends.
-        with contextlib.suppress(Exception) if kind else self._writing():
+        with self._opened, contextlib.suppress(Exception) if kind else self._writing():
             self._manager.close()
 
     @property
@@ -139,7 +144,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise nearly anything
             raise OSError(
-                f"a checkpoint could not be written in {self.directory}: {_first_line(error)}. Those before it are "
+                f"a checkpoint could not be written in {self.directory}: {self._said(error)}. Those before it are "
                 "whole: make room or give permission, and run the same command again"
             ) from error
 
@@ -154,10 +159,12 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: none can be read.
+          ValueError: none can be read, or they are of another network or optimizer than the template; the first
+            arrays that differ are named.
         """
         failures: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            self._require_same_network(step, template)
             try:
                 state, data_state, epoch_metrics = self._read(step, template)
             except Exception as error:  # Orbax and TensorStore raise nearly anything for a damaged file
@@ -165,8 +172,10 @@ class Checkpoints:
                 continue
             for damaged, failure in failures.items():
                 warnings.warn(
-                    f"checkpoint {self.directory / str(damaged)} is damaged and passed over for that of step {step}: "
-                    f"{_first_line(failure)}",
+                    one_line(
+                        f"checkpoint {self.directory / str(damaged)} is damaged and passed over for that of step "
+                        f"{step}: {self._said(failure)}"
+                    ),
                     stacklevel=2,
                 )
             return Restored(state, data_state, epoch_metrics, list(failures))
@@ -174,8 +183,8 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, python train.py")
         newest, failure = next(iter(failures.items()))
         raise ValueError(
-            f"none of the checkpoints in {self.directory} can be read (step {newest}: {failure}): restore them from a "
-            "copy, or train anew in another directory"
+            f"none of the checkpoints in {self.directory} can be read (step {newest}: {self._said(failure)}): restore "
+            "them from a copy, or train anew in another directory"
         ) from failure
 
     def set_aside(self, steps: list[int]) -> None:
@@ -207,6 +216,32 @@ class Checkpoints:
             raise ValueError(f"the checksum of what it holds is {found}, expected {progress['checksum']}")
         return TrainState(**restored["state"]), restored["data"], epoch_metrics
 
+    def _require_same_network(self, step: int, template: TrainState) -> None:
+        """Raise a ValueError where a checkpoint tells readably that it holds other arrays than the template."""
+        try:
+            found = _shapes(ocp.PyTreeCheckpointHandler().metadata(self._shown / str(step) / "state").tree)
+        except Exception:  # it is damaged, and that is told as for any other
+            return
+        expected = _shapes(_fields(template))
+        missing = "not there"
+        differing = [
+            f"{name} is {found.get(name, missing)}, by the config {expected.get(name, missing)}"
+            for name in sorted({*found, *expected})
+            if found.get(name) != expected.get(name)
+        ]
+        if differing:
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ValueError(
+                f"{self.directory.parent / 'config.json'} and checkpoint {step} beside it do not belong together "
+                f"({'; '.join(differing[:3])}{more}): put back the config or the checkpoints of this run"
+            )
+
+    def _said(self, error: Exception) -> str:
+        """The first line of an error, of the directory by its own name."""
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec=")[0]
+        text = text.replace(str(self._shown), str(self.directory))
+        return text if len(text) <= 240 else f"{text[:100]} … {text[-130:]}"
+
 
 def _fields(state: TrainState) -> dict[str, Any]:
     """The state by field, without those that are None, so that a checkpoint from before such a field restores."""
@@ -221,6 +256,7 @@ def _checksum(fields: dict[str, Any], data_state: dict[str, Any], epoch_metrics:
     return value
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 240 else f"{text[:100]} … {text[-130:]}"
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by name, whatever kinds of nodes the tree has."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

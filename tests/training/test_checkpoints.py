@@ -121,6 +121,30 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(tmp_path):
         checkpoints.restore(abstract_state(*setting(CONFIG)))
 
 
+@pytest.mark.parametrize(
+    ("fields", "difference"),
+    [
+        (
+            dict(width_multiplier=(0.25, 0.25, 0.0625, 0.0625)),
+            r"stage2_block1/branch_1x1/bn/mean is \(16,\), by the config",
+        ),
+        (dict(depths=(1, 1, 1, 1)), r"stage2_block2/.* by the config not there"),
+        (dict(ema_decay=0.9), r"ema/batch_stats/.* is not there, by the config"),
+    ],
+)
+def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, difference, tmp_path, capfd):
+    state = create_state(*setting(CONFIG))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        with pytest.raises(
+            ValueError, match=rf"config.json and checkpoint 0 beside it do not belong together \(.*{difference}"
+        ) as caught:
+            checkpoints.restore(abstract_state(*setting(dataclasses.replace(CONFIG, **fields))))
+    assert len(str(caught.value)) < 600
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     state = create_state(*setting(CONFIG))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
