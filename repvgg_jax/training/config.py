@@ -10,7 +10,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.training.fields import read_object, require_types
 from repvgg_jax.training.files import write_whole
+
+# Every config that was ever saved holds these; where one is lacking, its default would be another network.
+_ALWAYS = ("variant", "strides", "depths", "width_multiplier", "dataset", "image_size", "mean", "std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,7 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        require_types(self)
         self.create_model(num_classes=1)
         at_least = dict(
             image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
@@ -175,8 +180,7 @@ class TrainConfig:
             self.accumulate_steps,
             f"a divisor of batch_size (={self.batch_size})",
         )
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
-        _require(self.schedule in ("cosine", "linear"), "schedule", self.schedule, "cosine or linear")
+        _require(self.seed < 2**63, "seed", self.seed, "less than 2**63")
         _require(
             (self.mean is None) == (self.std is None),
             "mean and std",
@@ -248,13 +252,18 @@ class TrainConfig:
         """Read a config that `save` wrote.
 
         Raises:
-          ValueError: the file is not JSON, or holds fields that this version does not know.
+          ValueError: the file is no config, lacks what says which network it is, or holds fields or values that this
+            version does not know; it is named, and the field is.
         """
         try:
-            fields: dict[str, Any] = json.loads(path.read_text())
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            values = read_object(path)
+            lacking = set(_ALWAYS) - set(values)
+            unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+            for verdict, names in (("it lacks", lacking), ("it has the unknown", unknown)):
+                if names:
+                    raise ValueError(f"{verdict} {', '.join(sorted(names))}")
             return cls(**values)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not a config of this version of repvgg_jax: {error}") from None
 
 

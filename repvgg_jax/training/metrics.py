@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from repvgg_jax.terminal import printable
+from repvgg_jax.training.fields import read_json
 from repvgg_jax.training.files import write_whole
 
 
@@ -26,7 +30,8 @@ class MetricsLog:
         self._board: SummaryWriter | None = None
         if not write:
             return
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.history))
+        write_whole(self._path, self._text())
+        self._torn = False
         purge = int(self.history[-1]["step"]) + 1 if self.history else 0
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 
@@ -38,16 +43,30 @@ class MetricsLog:
             self._board.close()
 
     def write(self, line: dict[str, float]) -> None:
-        """Append the metrics of one epoch; `epoch` and `step` are among them."""
+        """Add the metrics of one epoch; `epoch` and `step` are among them.
+
+        Where the file cannot be written, e.g. because the disk is full, a warning says so; the next epoch tries again.
+        """
         self.history.append(line)
         if self._board is None:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            if self._torn:
+                write_whole(self._path, self._text())
+            else:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            self._torn = False
+        except OSError as error:
+            self._torn = True
+            warnings.warn(f"{printable(str(self._path))} could not be written: {error}", stacklevel=2)
         for name, value in line.items():
             if name not in ("epoch", "step"):
                 self._board.add_scalar(name, value, int(line["step"]))
         self._board.flush()
+
+    def _text(self) -> str:
+        return "".join(json.dumps(line) + "\n" for line in self.history)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
@@ -56,15 +75,34 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     A last line that was cut off when the run was killed is passed over.
 
     Raises:
-      ValueError: another line is damaged.
+      ValueError: another line is damaged, or is not an object of numbers with an `epoch` and a `step`; the file and
+        the line are named.
     """
     path = workdir / "metrics.jsonl"
-    texts = path.read_text().splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    texts = text.splitlines()
     lines = []
-    for number, text in enumerate(texts, start=1):
+    for number, each in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
+            line = read_json(each)
+        except ValueError as error:
             if number < len(texts):
                 raise ValueError(f"{path} line {number} is damaged ({error}): remove that line") from None
+            break
+        if (fault := _fault(line)) is not None:
+            raise ValueError(f"{path} line {number} is damaged ({fault}): remove that line")
+        lines.append(line)
     return lines
+
+
+def _fault(line: Any) -> str | None:
+    """What is wrong with a line, or None."""
+    if not isinstance(line, dict):
+        return f"{line!r:.60} is no object"
+    for name, value in line.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{name} is {value!r:.60}: expected a number"
+    for name in ("epoch", "step"):
+        if not isinstance(line.get(name), int):
+            return f"{name} is {line.get(name)!r}: expected a whole number"
+    return None

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,43 @@ def test_a_value_out_of_range_is_refused_by_field(fields, message):
         TrainConfig(**fields)
 
 
+FLOATS = [name for name, hint in typing.get_type_hints(TrainConfig).items() if "float" in str(hint) and name != "dtype"]
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, 1e39, 10**400, "x", True, (0.5, math.nan)], ids=lambda value: f"{value!r:.9}"
+)
+@pytest.mark.parametrize("field", FLOATS)
+def test_a_number_that_is_not_finite_is_refused_by_field(field, value):
+    wrapped = {"mean": (value,), "std": (value,), "width_multiplier": (1.0, 1.0, 1.0, value)}.get(field, value)
+    with pytest.raises(ValueError, match=f"^{field} is .*: expected (None or )?.*a finite number"):
+        TrainConfig(**{"mean": (0.5,), "std": (0.5,), field: wrapped})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(epochs="3"), "epochs is 3: expected a whole number"),
+        (dict(epochs=2.0), "epochs is 2.0: expected a whole number"),
+        (dict(epochs=True), "epochs is True: expected a whole number"),
+        (dict(flip=1), "flip is 1: expected true or false"),
+        (dict(dataset=None), "dataset is None: expected a text"),
+        (dict(mean="x", std="x"), "mean is x: expected a list of a finite number or None"),
+        (dict(strides=(1, 2)), "strides is .*expected a list of 5, each a whole number"),
+        (dict(depths=7), "depths is 7: expected a list of 4, each a whole number or None"),
+        (dict(variant=["a0"]), "variant is .*expected a text"),
+        (dict(seed=2**63), "seed is .*less than"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_whole_numbers_are_taken_for_floats():
+    assert TrainConfig(learning_rate=1, mean=(0,), std=(1,)).learning_rate == 1
+
+
 def test_lists_are_taken_for_tuples():
     config = TrainConfig(mean=[0.5], std=[0.25], strides=[1, 1, 2, 2, 2])
     assert config == TrainConfig(mean=(0.5,), std=(0.25,), strides=(1, 1, 2, 2, 2))
@@ -72,6 +111,30 @@ def test_a_file_of_another_version_is_refused_with_the_field(tmp_path):
         TrainConfig.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not a config"):
+        TrainConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda fields: list(fields), "expected a JSON object"),
+        (lambda fields: "text", "it holds text, expected a JSON object"),
+        (lambda fields: None, "it holds None, expected a JSON object"),
+        (lambda fields: {}, "it lacks dataset, depths, image_size, mean, std, strides, variant, width_multiplier"),
+        (lambda fields: {name: fields[name] for name in fields if name != "strides"}, "it lacks strides"),
+        (lambda fields: {**fields, "mean": [math.nan]}, "NaN is no number"),
+        (lambda fields: {**fields, "learning_rate": math.inf}, "Infinity is no number"),
+        (lambda fields: {**fields, "mean": "x"}, "mean is x: expected a list"),
+        (lambda fields: {**fields, "image_size": "8"}, "image_size is 8: expected a whole number"),
+        (lambda fields: {**fields, "strides": {"a": 1}}, "strides is .*expected a list of 5"),
+        (lambda fields: {**fields, "batch_size": 0}, "batch_size is 0: expected at least 1"),
+        (lambda fields: {**fields, "variant": "repvgg_a9"}, "unknown variant"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_field(change, fault, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change(dataclasses.asdict(PRESETS["cifar10"]))))
+    with pytest.raises(ValueError, match=rf"config.json is not a config of this version .*{fault}"):
         TrainConfig.load(path)
 
 

@@ -1,0 +1,67 @@
+"""`dataset.json` of a run: what a later look at the run must find again of its data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from repvgg_jax.data import ImageDataset
+from repvgg_jax.training.fields import read_object, require_types
+from repvgg_jax.training.files import write_whole
+
+
+class DataRecord(NamedTuple):
+    """What a run is about."""
+
+    train_images: int
+    test_images: int
+    channels: int
+    class_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: ImageDataset) -> DataRecord:
+        """The record of a data set."""
+        return cls(len(dataset.train), len(dataset.test), dataset.channels, tuple(dataset.class_names))
+
+    @classmethod
+    def load(cls, workdir: Path) -> DataRecord:
+        """Read the record of a run.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it is damaged; file and field are named.
+        """
+        path = workdir / "dataset.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: restore it from a copy of the run, or train anew")
+        try:
+            fields = read_object(path)
+            if set(fields) != set(cls._fields):
+                raise ValueError(f"the fields are {', '.join(fields) or 'none'}: expected {', '.join(cls._fields)}")
+            record = cls(**fields)
+            require_types(record)
+            if record.channels not in (1, 3) or not record.class_names:
+                raise ValueError(
+                    f"channels is {record.channels} and class_names has {len(record.class_names)} names: expected 1 or "
+                    "3, and at least one"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from None
+        return record
+
+    def save(self, workdir: Path) -> None:
+        """Write the record of a run."""
+        write_whole(workdir / "dataset.json", json.dumps(self._asdict(), indent=2) + "\n")
+
+    def require(self, workdir: Path) -> None:
+        """Raise a ValueError where the data are not those that the run in a directory began with."""
+        earlier = DataRecord.load(workdir)._asdict()
+        changed = [
+            f"{name} was {earlier[name]}, is {now}" for name, now in self._asdict().items() if earlier[name] != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the data are not those of the run in {workdir} ({'; '.join(changed)}): give it the old data, or "
+                "train anew"
+            )
