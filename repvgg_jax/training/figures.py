@@ -1,17 +1,48 @@
-"""The pictures of a run report."""
+"""The pictures of a run report. One that cannot be drawn is a warning: no run stops for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from repvgg_jax.terminal import printable
+from repvgg_jax.training.class_labels import class_labels
+from repvgg_jax.training.files import replace_whole
+
 _TRAIN, _TEST = "#7a869a", "#1f5fbf"
+# Of the confusion matrix. No picture shows more rows than it has pixels, and 20,000 classes squared take gigabytes.
+_MOST_ROWS = 1000
+
+_Draw = TypeVar("_Draw", bound=Callable[..., None])
 
 
+def _harmless(draw: _Draw) -> _Draw:
+    """Draw by matplotlib's own settings, not by those of the user's matplotlibrc, and warn where that fails."""
+
+    @functools.wraps(draw)
+    def drawn(path: Path, *arguments: Any) -> None:
+        try:
+            with matplotlib.rc_context(), warnings.catch_warnings():
+                # Of a layout that a long name spoils, or a sign that no font has.
+                warnings.simplefilter("ignore", UserWarning)
+                matplotlib.rcdefaults()
+                draw(path, *arguments)
+        except Exception as error:  # matplotlib raises nearly anything, and the disk may be full
+            said = printable(f"{path} could not be drawn: {type(error).__name__}: {error}")
+            warnings.warn(f"{said}; all else of the run goes on", stacklevel=2)
+
+    return drawn  # type: ignore[return-value]
+
+
+@_harmless
 def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     """Draw loss and accuracy over the epochs, training beside test; a picture that is there is replaced at once."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -33,28 +64,39 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     _save(figure, path)
 
 
+@_harmless
 def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> None:
-    """Draw the confusion matrix, rows normalised to the true class; cells carry counts up to 20 classes."""
-    classes = len(class_names)
+    """Draw the confusion matrix, rows normalised to the true class.
+
+    Cells carry counts up to 20 classes. Above 1000, a row stands for several classes that follow each other.
+    """
+    together = -(-len(class_names) // _MOST_ROWS)
+    classes = -(-len(class_names) // together)
     counts = np.zeros((classes, classes), int)
-    np.add.at(counts, (labels, predictions), 1)
+    np.add.at(counts, (np.asarray(labels) // together, np.asarray(predictions) // together), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(0.42 * classes + 1.6, 4, 9))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, fraction=0.045, label="share of the true class")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    note = f" ({together} classes a row)" if together > 1 else ""
     if classes <= 20:
-        axes.set_xticks(range(classes), class_names, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(range(classes), class_names, fontsize=8)
+        names, fonts = class_labels(class_names)
+        text: Any = dict(fontsize=8, fontfamily=fonts, parse_math=False)
+        axes.set_xticks(range(classes), names, rotation=45, ha="right", **text)
+        axes.set_yticks(range(classes), names, **text)
+        if any(label.startswith("#") and label != name for label, name in zip(names, class_names, strict=True)):
+            note = " (#0 is the first of class_names in dataset.json)"
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("predicted" + note)
+    axes.set_ylabel("true")
     _save(figure, path)
 
 
+@_harmless
 def draw_differences(path: Path, differences: np.ndarray, max_reference: float) -> None:
     """Draw how the deploy form's logits differ from the training form's, over all test images and classes."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -75,6 +117,4 @@ def draw_differences(path: Path, differences: np.ndarray, max_reference: float) 
 
 def _save(figure: Figure, path: Path) -> None:
     # A viewer that looks while the picture is written sees the earlier one.
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, bbox_inches="tight", format="png")
-    partial.replace(path)
+    replace_whole(path, lambda partial: figure.savefig(partial, dpi=130, bbox_inches="tight", format="png"))
