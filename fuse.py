@@ -3,6 +3,8 @@
 import sys
 
 from repvgg_jax.training.command import fuse_command
+from repvgg_jax.training.orbax_noise import quieten_orbax
 
 if __name__ == "__main__":
+    quieten_orbax()
     sys.exit(fuse_command(sys.argv[1:]))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import load_dataset
+from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.weights_file import SUFFIXES
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.terminal import fail, printable, run_command
 from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
@@ -26,8 +28,9 @@ from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run_directory import fuse_run
+from repvgg_jax.training.run_path import run_directory
 
-_USAGE_ERROR = 2
+_FAILED, _USAGE_ERROR = 1, 2
 # As the shell reports a process that the signal ended: schedulers take it for preempted and start the job again.
 _TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _FUSE_DESCRIPTION = (
@@ -87,7 +90,8 @@ def train_command(arguments: list[str]) -> int:
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        return _fail(f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}")
+        message = f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}"
+        return run_command(lambda _: fail(message, _USAGE_ERROR))
 
     def run() -> None:
         parsed = tyro.cli(
@@ -99,16 +103,19 @@ def train_command(arguments: list[str]) -> int:
             f"the defaults below are those of {preset!r}.",
         )
         if parsed.summary:
+            require_devices()
             print(_summary(parsed.config))
             return
         if parsed.cluster.distributed and parsed.workdir is None:
             raise ValueError("workdir is None: several processes need one --workdir that all of them see")
-        parsed.cluster.join()
         workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_directory(workdir)
+        parsed.cluster.join()
         _keep_compiled_programs()
         train_and_evaluate(parsed.config, workdir)
         if is_primary():
-            print(f"\nreport: {workdir / 'report.md'}\nweights: {workdir / 'deploy.safetensors'}")
+            shown = printable(str(workdir))
+            print(f"\nreport: {shown}/report.md\nweights: {shown}/deploy.safetensors")
 
     return _guard(run)
 
@@ -177,29 +184,33 @@ def _fuse_weights(parsed: _FuseArguments) -> None:
 
 
 def _guard(run: Callable[[], None]) -> int:
-    try:
-        run()
-    except (TrainingDivergedError, EquivalenceError) as error:
-        return _fail(str(error), status=1)
-    except TerminatedError as error:
-        return _fail(str(error), status=_TERMINATED)
-    except KeyboardInterrupt as error:
-        return _fail(str(error) or "interrupted", status=_INTERRUPTED)
-    except (ValueError, OSError, ImportError) as error:
-        system = isinstance(error, OSError) and error.errno is not None
-        return _fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}")
-    return 0
+    """The exit status of what runs, after one line for what stopped it; nobody has to read what it prints."""
+
+    def guarded(_: object) -> int:
+        try:
+            run()
+        except (TrainingDivergedError, EquivalenceError) as error:
+            return fail(str(error), _FAILED)
+        except TerminatedError as error:
+            return fail(str(error), _TERMINATED)
+        except KeyboardInterrupt as error:
+            return fail(str(error) or "interrupted", _INTERRUPTED)
+        except (ValueError, OSError, ImportError) as error:
+            system = isinstance(error, OSError) and error.errno is not None
+            return fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}", _USAGE_ERROR)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return fail(f"{said}: where memory is short, lower --batch-size and --eval-batch-size", _FAILED)
+        return 0
+
+    return run_command(guarded)
 
 
 def _keep_compiled_programs() -> None:
-    directory = keep_compiled_programs()
-    if directory and is_primary():
-        print(f"compiled programs are kept in {directory}")
-
-
-def _fail(message: str, status: int = _USAGE_ERROR) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status
+    require_devices()
+    kept = keep_compiled_programs()
+    if (kept.directory or kept.reason) and is_primary():
+        print(printable(str(kept)))
 
 
 def _summary(config: TrainConfig) -> str:
@@ -209,6 +220,6 @@ def _summary(config: TrainConfig) -> str:
         classes, channels, note = dataset.num_classes, dataset.channels, ""
     except FileNotFoundError:
         classes, channels = 1000, 3
-        note = f"\n\n{config.dataset} is not at hand: counted with {classes} classes and {channels} channels"
+        note = f"\n\n{printable(config.dataset)} is not at hand: counted with {classes} classes and {channels} channels"
     summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))
     return f"{config.variant} on {config.image_size}×{config.image_size} images\n\n{summary}{note}"

@@ -87,7 +87,11 @@ class Comparison:
         return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=("left", "right", "right"))
 
     def check(self) -> None:
-        """Raise a ValueError unless the forms agree and no prediction changed."""
+        """Raise an EquivalenceError unless the forms agree, no prediction changed, and that proves something.
+
+        See `Agreement.require` for what proves nothing: logits that are not finite, and a network that answers every
+        test image the same.
+        """
         self.agreement.require(TOLERANCE)
 
 
@@ -116,8 +120,10 @@ def fuse_and_compare(
 
     Raises:
       ValueError: the variables cannot be fused.
-      EquivalenceError: the fused tree is not the one `deploy_model.init` makes.
+      EquivalenceError: the fused tree is not the one `deploy_model.init` makes, or images normalised by the config's
+        mean and std are not finite.
     """
+    _require_finite_inputs(config)
     variables = jax.device_get(variables)  # the same on every process, each of which fuses for itself
     deploy_model, deploy_variables = fuse_model(model, variables)
     in_channels = variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
@@ -164,6 +170,17 @@ def fuse_and_compare(
         batch_size=len(first["image"]),
     )
     return deploy_model, deploy_variables, comparison
+
+
+def _require_finite_inputs(config: TrainConfig) -> None:
+    """Black and white must come out of the normalisation as finite float32s; all else lies between."""
+    mean, std = (np.asarray(values, np.float32) for values in config.normalization)
+    with np.errstate(all="ignore"):
+        if not np.isfinite([-mean / std, (1 - mean) / std]).all():
+            raise EquivalenceError(
+                f"nothing would be proven: mean is {config.mean} and std {config.std}, and images normalised by them "
+                "are not finite in float32; give those that the run was trained with"
+            )
 
 
 def _interleaved_times(

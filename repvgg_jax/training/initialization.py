@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,10 @@ from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.data_record import DataRecord
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.residual import residual_start
+from repvgg_jax.training.run_path import run_directory
 from repvgg_jax.training.steps import abstract_state, create_mesh
 from repvgg_jax.training.whitening import whiten_stem
 
@@ -40,7 +41,7 @@ def find_origin(config: TrainConfig) -> Origin:
         is damaged.
       FileNotFoundError: it is no run directory, or no file.
     """
-    path = Path(str(config.init_from))
+    path = run_directory(str(config.init_from))
     if config.reopen:
         model, _, preprocess, _ = load_deploy(path)
         return Origin(model.clone(deploy=False), preprocess.channels, preprocess.mean, preprocess.std)
@@ -54,8 +55,8 @@ def find_origin(config: TrainConfig) -> Origin:
         raise FileNotFoundError(
             f"init_from is {path}: expected a run directory that train.py wrote, with a config.json"
         )
-    earlier, record = TrainConfig.load(path / "config.json"), json.loads((path / "dataset.json").read_text())
-    return Origin(earlier.create_model(len(record["class_names"])), record["channels"], earlier.mean, earlier.std)
+    earlier, record = TrainConfig.load(path / "config.json"), DataRecord.load(path)
+    return Origin(earlier.create_model(len(record.class_names)), record.channels, earlier.mean, earlier.std)
 
 
 def require_same_network(config: TrainConfig, channels: int) -> None:
@@ -112,7 +113,7 @@ def start_from(
     if config.reopen:
         found = _reopened(config, batch()["image"], jax.tree.leaves(variables)[0].sharding)
     else:
-        found = _evaluated(Path(str(config.init_from)))
+        found = _evaluated(run_directory(str(config.init_from)))
 
     def replace(fresh: jax.Array, found: jax.Array) -> jax.Array:
         if found.shape != fresh.shape:
@@ -138,17 +139,17 @@ def _changed(
 
 def _evaluated(run: Path) -> dict[str, Any]:
     """The variables of a run's newest checkpoint."""
-    config, record = TrainConfig.load(run / "config.json"), json.loads((run / "dataset.json").read_text())
-    model = config.create_model(len(record["class_names"]))
+    config, record = TrainConfig.load(run / "config.json"), DataRecord.load(run)
+    model = config.create_model(len(record.class_names))
     optimizer = create_optimizer(config, steps_per_epoch=1)
     mesh = create_mesh(jax.local_devices()[:1])
     with Checkpoints(run) as checkpoints:
-        state = checkpoints.restore(abstract_state(model, optimizer, config, record["channels"], mesh)).state
+        state = checkpoints.restore(abstract_state(model, optimizer, config, record.channels, mesh)).state
     return state.eval_variables
 
 
 def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> dict[str, Any]:
-    model, variables, _, _ = load_deploy(str(config.init_from))
+    model, variables, _, _ = load_deploy(run_directory(str(config.init_from)))
 
     @partial(jax.jit, out_shardings=replicated)
     def reopen(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:

@@ -18,23 +18,20 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from repvgg_jax.data import ImageDataset, train_iterator
+from repvgg_jax.terminal import printable
 from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.cluster import is_primary, on_primary, wait_for_all
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.data_record import DataRecord
 from repvgg_jax.training.figures import draw_confusion, draw_curves
 from repvgg_jax.training.initialization import require_same_network, start_from
 from repvgg_jax.training.interruption import Interruption, interruptions
 from repvgg_jax.training.lock import only_run_in
 from repvgg_jax.training.metrics import MetricsLog
 from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from repvgg_jax.training.run_directory import (
-    check_data_record,
-    finish,
-    open_data,
-    save_data_record,
-    test_batches,
-)
+from repvgg_jax.training.run_directory import finish, open_data, test_batches
+from repvgg_jax.training.run_path import run_directory
 from repvgg_jax.training.steps import (
     TrainState,
     abstract_batch,
@@ -87,7 +84,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
       TrainingDivergedError: the loss became infinite or NaN.
       TerminatedError, KeyboardInterrupt: a signal came while it trained; the run is saved.
     """
-    workdir = Path(workdir)
+    workdir = run_directory(workdir)
     mesh = create_mesh()
     require_divisible(config, mesh, "batch_size", "eval_batch_size")
     config, dataset = open_data(config)
@@ -122,10 +119,10 @@ def _claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
         if workdir.exists() and any(not entry.name.startswith(_FIRST_FILES) for entry in workdir.iterdir()):
             raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
         workdir.mkdir(parents=True, exist_ok=True)
-        save_data_record(workdir, dataset)
+        DataRecord.of(dataset).save(workdir)
         config.save(path)
         return
-    check_data_record(workdir, dataset)
+    DataRecord.of(dataset).require(workdir)
     earlier = dataclasses.asdict(TrainConfig.load(path))
     # Where the data lie is no part of the result.
     moved = {"data_dir"}
@@ -254,11 +251,11 @@ class _Run:
         epochs, steps = divmod(step, self.steps_per_epoch)
         resumed = f", resuming after epoch {epochs}" + f" and {steps} steps" * (steps > 0) if step else ""
         print(
-            f"{self.config.variant} on {self.config.dataset}: {len(self.dataset.train):,} training and "
+            f"{self.config.variant} on {printable(self.config.dataset)}: {len(self.dataset.train):,} training and "
             f"{len(self.dataset.test):,} test images, {self.dataset.num_classes} classes, {self.config.epochs} epochs "
             f"of {self.steps_per_epoch} steps on {devices}{resumed}\n"
             f"peak learning rate {self.config.peak_learning_rate:.4g} at batch size {self.config.batch_size}\n"
-            f"run directory: {workdir} (training step compiled in {compile_seconds:.1f} s)",
+            f"run directory: {printable(str(workdir))} (training step compiled in {compile_seconds:.1f} s)",
             flush=True,
         )
 

@@ -7,10 +7,12 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tabulate import tabulate
 
+from repvgg_jax.terminal import printable
 from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
@@ -44,11 +46,13 @@ def write_report(
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
     device = jax.devices()[0]
     settings = [
-        (name, value) for name, value in dataclasses.asdict(config).items() if value is not None and name != "data_dir"
+        (name, _in_table(value))
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None and name != "data_dir"
     ]
     note = f"\n{_EMA_NOTE}" if config.ema_decay else ""
-    seconds = sum(line["seconds"] for line in history)
-    text = f"""# {config.variant} on {config.dataset}
+    seconds = sum(line.get("seconds", 0) for line in history)
+    text = f"""# {config.variant} on {printable(config.dataset)}
 
 Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.epochs} epochs
 ({seconds:,.0f} s of training and evaluation, without compiling the training step).
@@ -81,3 +85,7 @@ Training figures are averages over an epoch, on augmented images and smoothed ta
     path = workdir / "report.md"
     write_whole(path, text)
     return path
+
+
+def _in_table(value: Any) -> str:
+    return printable(str(value)).replace("|", r"\|")

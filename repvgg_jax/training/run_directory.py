@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
 from repvgg_jax.interop.preprocess import Preprocess
@@ -19,12 +19,13 @@ from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.data_record import DataRecord
 from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
-from repvgg_jax.training.files import write_whole
 from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
+from repvgg_jax.training.run_path import run_directory
 from repvgg_jax.training.steps import abstract_state, create_mesh, require_divisible
 
 
@@ -50,36 +51,6 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
             f"channel of {config.dataset}"
         )
     return config, dataset
-
-
-def save_data_record(workdir: Path, dataset: ImageDataset) -> None:
-    """Write `dataset.json`: what a later look at the run must find again."""
-    write_whole(workdir / "dataset.json", json.dumps(_data_record(dataset), indent=2) + "\n")
-
-
-def check_data_record(workdir: Path, dataset: ImageDataset) -> None:
-    """Raise a ValueError where the data set is not the one that the run began with."""
-    path = workdir / "dataset.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    changed = [
-        f"{name} was {earlier.get(name)}, is {value}"
-        for name, value in _data_record(dataset).items()
-        if earlier.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the data are not those of the run in {workdir} ({'; '.join(changed)}): give it the old data, or train "
-            "anew"
-        )
-
-
-def _data_record(dataset: ImageDataset) -> dict[str, Any]:
-    return {
-        "train_images": len(dataset.train),
-        "test_images": len(dataset.test),
-        "channels": dataset.channels,
-        "class_names": list(dataset.class_names),
-    }
 
 
 def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
@@ -120,6 +91,7 @@ def finish(
 
     Raises:
       ValueError: the forms are not the same function; nothing is written.
+      OSError: the weights or the report could not be written; what is whole is named.
     """
     deploy_model, deploy_variables, comparison = fuse_and_compare(
         model, variables, lambda: test_batches(config, dataset), config, mesh
@@ -138,8 +110,16 @@ def finish(
         eval_resize=config.eval_resize,
         class_names=dataset.class_names,
     )
-    save_deploy(workdir / "deploy.safetensors", config.variant, deploy_model, deploy_variables, preprocess)
-    write_report(workdir, config, read_metrics(workdir), comparison, dataset.class_names)
+    weights = workdir / "deploy.safetensors"
+    remedy = f"make room or give permission, and run: python fuse.py {workdir}"
+    try:
+        save_deploy(weights, config.variant, deploy_model, deploy_variables, preprocess)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{weights} could not be written: {error}. The checkpoints are whole: {remedy}") from error
+    try:
+        write_report(workdir, config, read_metrics(workdir), comparison, dataset.class_names)
+    except OSError as error:
+        raise OSError(f"report.md could not be written: {error}. {weights} is whole: {remedy}") from error
     return comparison
 
 
@@ -170,6 +150,7 @@ def fuse_run(
       ImportError: the extra of a format is not installed.
     """
     require_writing(export, check_only)
+    workdir = run_directory(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
     config = TrainConfig.load(workdir / "config.json")
@@ -182,7 +163,7 @@ def fuse_run(
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")
     config, dataset = open_data(config)
-    check_data_record(workdir, dataset)
+    DataRecord.of(dataset).require(workdir)
     model = config.create_model(dataset.num_classes)
     optimizer = create_optimizer(config, steps_per_epoch=1)
     with Checkpoints(workdir) as checkpoints:

@@ -1,13 +1,23 @@
 import dataclasses
+import errno
+import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors import SafetensorError
 
 import repvgg_jax.training.config as config_module
-from repvgg_jax.training import TrainConfig, command
+from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.training import TrainConfig, command, fuse_run, run_directory, train_and_evaluate
 from repvgg_jax.training.command import fuse_command, train_command
 
 TINY = "--depths 1 1 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 1"
@@ -102,3 +112,160 @@ def test_summary_prints_both_forms_and_trains_nothing(data_dir, capsys, monkeypa
     assert "8,309,384" in output
     assert "imagenet2012 is not at hand: counted with 1000 classes and 3 channels" in output
     assert not list(tmp_path.iterdir())
+
+
+class Unread(io.StringIO):
+    """A pipe whose reader has gone away."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_training_that_nobody_reads_loses_no_work(data_dir, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "stdout", Unread())
+    assert train_command([*TINY.split(), "--data-dir", data_dir, "--workdir", str(run)]) == 0
+    assert {"deploy.safetensors", "report.md", "confusion.png"} <= {path.name for path in run.iterdir()}
+    (run / "deploy.safetensors").unlink()
+    assert fuse_command([str(run)]) == 0
+    assert (run / "deploy.safetensors").exists()
+
+
+def test_help_and_summary_that_nobody_reads_end_quietly(data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Unread())
+    assert train_command(["--summary", "--data-dir", data_dir]) == 0
+    with pytest.raises(SystemExit) as ended:
+        train_command(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Unable to initialize backend 'x': no (set JAX_PLATFORMS='')"), AssertionError()]
+)
+def test_a_jax_that_cannot_start_is_told_in_a_line(error, monkeypatch, capsys, tmp_path):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fails)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for run, arguments in ((train_command, ["--workdir", str(tmp_path / "run")]), (fuse_command, [str(tmp_path)])):
+        assert run(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: JAX cannot start (")
+        assert "unset JAX_PLATFORMS (=cuda), or set it to cpu" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_platform_that_there_is_not_is_told_by_the_real_jax(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--workdir", str(tmp_path / "run")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "JAX cannot start (Unable to initialize backend 'nonsense'" in line
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")]
+)
+def test_memory_that_is_short_is_told_in_a_line(error, monkeypatch, capsys, tmp_path):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(command, "train_and_evaluate", fails)
+    assert train_command(["--workdir", str(tmp_path / "run")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("where memory is short, lower --batch-size and --eval-batch-size")
+
+
+def test_names_of_others_reach_the_terminal_as_text_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "train_and_evaluate", lambda config, workdir: None)
+    assert train_command(["--workdir", str(tmp_path / "a\x1b[2J\nb")]) == 0
+    assert f"report: {tmp_path}/a\\x1b[2J\\nb/report.md\n" in capsys.readouterr().out
+    assert train_command(["--dataset", "folder:/no\x1b[2J\nerror: forged", "--workdir", str(tmp_path)]) == 0
+    monkeypatch.undo()
+    assert train_command(["--dataset", "folder:/no\x1b[2J\nerror: forged", "--workdir", str(tmp_path / "c")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "/no\\x1b[2J error: forged does not exist" in line
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (
+            "save_deploy",
+            OSError(28, "No space left on device"),
+            "deploy.safetensors could not be written: .*The checkpoints are",
+        ),
+        (
+            "save_deploy",
+            SafetensorError("I/O error: No space left"),
+            "deploy.safetensors could not be written: .*The checkpoints are",
+        ),
+        (
+            "write_report",
+            OSError(28, "No space left on device"),
+            "report.md could not be written: .*deploy.safetensors",
+        ),
+    ],
+)
+def test_a_last_file_that_cannot_be_written_is_told_and_what_is_whole(
+    function, error, message, finished, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise error
+
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    monkeypatch.setattr(run_directory, function, full)
+    assert fuse_command([str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"{message}.* (is )?whole: make room or give permission, and run: python fuse.py ", line)
+
+
+def test_a_run_of_odd_names_is_resumed_fused_and_started_from(tiny, finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished.workdir, tmp_path / "lr=0.1,widths=[1,2]")
+    record = json.loads((run / "dataset.json").read_text())
+    assert fuse_run(run).agreement == finished.comparison.agreement
+    assert train_and_evaluate(tiny, run).comparison.agreement == finished.comparison.agreement
+    start = dataclasses.replace(tiny, init_from=str(run), epochs=1)
+    assert train_and_evaluate(start, tmp_path / "next").history[-1]["test/accuracy"] > 0.3
+    assert json.loads((run / "dataset.json").read_text()) == record
+
+
+def test_classes_of_any_name_train_to_the_end(tiny, tmp_path):
+    names = ("Ba$$in", os.fsdecode(b"caf\xe9"), "猫", "a\nb|c")
+    for label, name in enumerate(names):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(np.full((8, 8, 3), 60 * label + number, np.uint8)).save(
+                tmp_path / "data" / name / f"{number}.png"
+            )
+    config = dataclasses.replace(
+        tiny, dataset=f"folder:{tmp_path / 'data'}", epochs=1, batch_size=16, eval_batch_size=8
+    )
+    result = train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.class_names == tuple(sorted(names))
+    assert fuse_run(tmp_path / "run").agreement == result.comparison.agreement
+
+
+def test_a_damaged_checkpoint_is_told_in_one_line(finished, tmp_path):
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    for path in (run / "checkpoints").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:10])
+    done = subprocess.run(
+        [sys.executable, "fuse.py", str(run), "--check-only"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"none of the checkpoints in .* can be read \(step 44: .*restore them from a copy", line)

@@ -1,11 +1,16 @@
 import dataclasses
+import re
 import shutil
 
 import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from repvgg_jax import fuse, fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training import comparison, fuse_run
 from repvgg_jax.training.command import fuse_command
@@ -108,3 +113,45 @@ def test_a_run_without_a_checkpoint_is_named(copy):
     (copy / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         fuse_run(copy)
+
+
+@pytest.mark.parametrize("mean", ["NaN", "Infinity", '"x"', "1e39"])
+def test_a_run_whose_normalisation_is_no_number_proves_nothing(copy, mean, capsys):
+    path = copy / "config.json"
+    path.write_text(re.sub(r'"mean": \[[^]]*\]', f'"mean": [{mean}]', path.read_text()))
+    assert fuse_command([str(copy), "--check-only"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.json is not a config of this version" in line
+
+
+@pytest.mark.parametrize(("mean", "std"), [((1e38,), (1e-3,)), ((0.5,), (1e-45,)), ((0.5,), (1e-39,))])
+def test_inputs_that_are_not_finite_prove_nothing(mean, std, tiny):
+    config = dataclasses.replace(tiny, mean=mean, std=std)
+    with pytest.raises(EquivalenceError, match="nothing would be proven: mean is"):
+        comparison.fuse_and_compare(None, {}, list, config, None)
+
+
+def test_a_network_that_answers_every_image_the_same_proves_nothing(copy, finished, monkeypatch, capsys):
+    def dead(model, variables):
+        variables["params"]["head"]["kernel"] = 0 * variables["params"]["head"]["kernel"]
+        return fuse_model(model, variables)
+
+    monkeypatch.setattr(comparison, "fuse_model", dead)
+    (copy / "deploy.safetensors").unlink()
+    assert fuse_command([str(copy)]) == 1
+    assert "nothing is proven: a form answers every input the same" in capsys.readouterr().err
+    assert not (copy / "deploy.safetensors").exists()
+
+
+def test_what_is_not_finite_stays_so_to_the_end(tiny):
+    # XLA:CPU may give the last ReLU and the mean after it to YNNPACK, for which max(nan, 0) is 0.
+    model = tiny.create_model(10)
+    images = jnp.full((128, 8, 8, 1), jnp.nan)
+    for form in (model, model.clone(deploy=True), model.clone(squeeze_excite="after_relu")):
+        variables = form.init(jax.random.key(0), images[:1], train=False)
+
+        def apply(variables, images, form=form):
+            return form.apply(variables, images, train=False)
+
+        logits = jax.jit(apply, compiler_options=compiler_options("cpu"))(variables, images)
+        assert np.isnan(logits).all()
