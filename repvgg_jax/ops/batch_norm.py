@@ -8,6 +8,7 @@ from jax import lax
 
 from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform
+from repvgg_jax.ops.reverse_mode import reverse_mode_only
 
 _AXES = (0, 1, 2)
 
@@ -40,7 +41,7 @@ def batch_norm_train(
     channels = (x.shape[-1],)
     scale = jnp.ones(channels, wide) if scale is None else scale.astype(wide)
     bias = jnp.zeros(channels, wide) if bias is None else bias.astype(wide)
-    return _batch_norm(x, scale, bias, epsilon)
+    return _batch_norm(*map(reverse_mode_only, (x, scale, bias)), epsilon)
 
 
 def _across(vector: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from repvgg_jax.ops import plain
 from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform, known_platform
+from repvgg_jax.ops.reverse_mode import reverse_mode_only
 from repvgg_jax.ops.table import LOWERINGS, Choice, choose
 
 
@@ -102,7 +103,7 @@ def conv_general_dilated(
     if not choose(lhs.shape, rhs.shape, window, lhs.dtype, exact):
         return xla()
     convolve = _convolve if known_platform() is None else _forward
-    return convolve(lhs, rhs, window, precision, exact)
+    return convolve(reverse_mode_only(lhs), reverse_mode_only(rhs), window, precision, exact)
 
 
 def _beyond_default(precision: lax.PrecisionLike) -> bool:

@@ -108,6 +108,8 @@ class Interpreter:
             operands = operands[len(operands) - len(inner.jaxpr.invars) :]
             return self._run(inner.jaxpr, [_given(each) for each in inner.consts], operands, scope)
         name = equation.primitive.name
+        if name == "reverse_mode_only":  # of `repvgg_jax.ops`: a gate that computes nothing
+            return operands
         constants = [operand for operand in operands if isinstance(operand, Constant)]
         if len(constants) == len(operands) and not equation.effects and can_evaluate(equation, constants):
             return evaluate(equation, constants)

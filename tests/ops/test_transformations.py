@@ -168,3 +168,35 @@ def test_an_export_for_cpu_and_cuda_runs_here(case):
         x, kernel
     )
     assert_close(exported.call(x, kernel), plain(x, kernel, *case[2:]))
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda f, x: jax.jvp(f, (x,), (x,)),
+        lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+        lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+        lambda f, x: jax.jacfwd(lambda factor: f(factor * x).sum())(1.0),
+        lambda f, x: jax.hessian(lambda factor: f(factor * x).sum())(1.0),
+        lambda f, x: jax.linearize(f, x)[1](x),
+    ],
+    ids=["jvp", "jvp of jit", "jit of jvp", "jacfwd", "hessian", "linearize"],
+)
+@pytest.mark.parametrize("function", ["convolution of images", "convolution with a kernel", "batch norm"])
+def test_forward_mode_is_refused_with_the_remedy(function, differentiate):
+    case = SHAPES["pointwise"]
+    x, kernel = arrays(case)
+    functions = {
+        "convolution of images": (lambda x: ours(x, kernel, *case[2:]), x),
+        "convolution with a kernel": (lambda kernel: ours(x, kernel, *case[2:]), kernel),
+        "batch norm": (lambda x: batch_norm_train(x, None, None, 1e-5)[0], x),
+    }
+    with pytest.raises(TypeError, match='expected ops="xla"'):
+        differentiate(*functions[function])
+
+
+def test_forward_mode_of_plain_convolutions_works():
+    """In float64, which no lowering takes: nothing is refused that could be computed."""
+    with jax.enable_x64(True):
+        x, kernel = (each.astype(np.float64) for each in arrays(SHAPES["pointwise"]))
+        jax.jvp(lambda x: ours(x, kernel, (1, 1), ((0, 0), (0, 0))), (x,), (x,))
