@@ -19,7 +19,7 @@ import tyro
 
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import fit, normalize, read_image
-from repvgg_jax.data.folder import EXTENSIONS
+from repvgg_jax.data.find import EXTENSIONS
 from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy

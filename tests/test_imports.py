@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "ops": set(),
     "trace": {"reparam", "ops"},
     "models": {"reparam", "ops"},
-    "data": set(),
+    "data": {"terminal"},
     "interop": {"reparam", "ops", "models", "version"},
     "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "terminal"},
 }

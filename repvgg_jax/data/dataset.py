@@ -8,6 +8,8 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
+from repvgg_jax.terminal import printable
+
 
 class Record(TypedDict):
     """One decoded example: `image` is uint8 `(H, W, C)`, `label` an integer in `[0, num_classes)`."""
@@ -44,6 +46,10 @@ class ImageDataset:
       class_names: one name per label.
       channels: 1 (grey) or 3 (RGB), the same for every image.
       image_shape: `(H, W)` where all images are declared to share one size, else None.
+      left_out: one line that says what lies among the images and is not read; empty where there is nothing.
+
+    Raises:
+      ValueError: fewer than two classes.
     """
 
     name: str
@@ -52,6 +58,14 @@ class ImageDataset:
     class_names: tuple[str, ...]
     channels: int
     image_shape: tuple[int, int] | None = None
+    left_out: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) < 2:
+            found = f"the one class {printable(self.class_names[0])}" if self.class_names else "no class"
+            raise ValueError(
+                f"{printable(self.name)} has {found}: expected two or more, as there is nothing to tell apart otherwise"
+            )
 
     @property
     def num_classes(self) -> int:

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensorflow_datasets.core.utils import tqdm_utils
+
+from repvgg_jax.data.locate import expand_home
 
 TEST_SIZE = 360
 
@@ -69,7 +70,7 @@ def prepare_digits(data_dir: str | os.PathLike[str]) -> None:
     renames at the end.
     """
     with _quiet():
-        builder = Digits(data_dir=str(Path(data_dir).expanduser()), file_format="array_record")
+        builder = Digits(data_dir=str(expand_home(data_dir)), file_format="array_record")
         try:
             builder.download_and_prepare()
         except OSError:

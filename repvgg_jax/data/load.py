@@ -19,7 +19,7 @@ def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> Im
 
     Raises:
       FileNotFoundError: the data set, its directory or a split is missing; the message gives the remedy.
-      ValueError: unknown name, or data that do not fit.
+      ValueError: unknown name, fewer than two classes, or data that do not fit.
 
     Example:
       >>> digits = load_dataset("digits")  # doctest: +SKIP

@@ -7,13 +7,30 @@ import os
 import re
 from pathlib import Path
 
+from repvgg_jax.terminal import printable
+
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w+.-]+))?(:(?P<version>(\d+|\*)\.(\d+|\*)\.(\d+|\*)))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 
 
 def default_data_dir() -> Path:
     """TFDS' own default: the environment variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return expand_home(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~USER` replaced by the home directory.
+
+    Raises:
+      FileNotFoundError: there is no such user, or no home directory is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{printable(os.fspath(path))} begins with the home directory of a user, which is not known here: write "
+            "the directory out, or ./~NAME for a directory of that name"
+        ) from error
 
 
 def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
@@ -32,7 +49,7 @@ def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
         gives the command that prepares it.
       ValueError: no such name, or several configs to choose from.
     """
-    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    root = default_data_dir() if data_dir is None else expand_home(data_dir)
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(

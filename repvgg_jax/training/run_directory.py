@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
       ValueError, FileNotFoundError: the data set is not there or not usable, or `mean` does not fit its channels.
     """
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+    if dataset.left_out and is_primary():
+        print(dataset.left_out, file=sys.stderr, flush=True)
     if config.mean is None and config.init_from is not None:
         origin = find_origin(config)
         config = dataclasses.replace(config, mean=origin.mean, std=origin.std)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def test_given_splits_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("name", ["test", "validation", "val"])
 def test_the_held_out_split_has_several_names(tmp_path, name):
     write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "train" / "b", 2)
     write_images(tmp_path / name / "a", 1)
     assert len(load_folder(tmp_path).test) == 1
 
@@ -54,23 +56,15 @@ def test_the_drawn_split_is_a_stratified_fifth_fixed_by_the_seed(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".BMP"])
 def test_every_extension_is_read_in_any_case(tmp_path, suffix):
     write_images(tmp_path / "a", 2, suffix)
-    assert len(load_folder(tmp_path).train) == 1
+    write_images(tmp_path / "b", 2, suffix)
+    assert len(load_folder(tmp_path).train) == 2
     assert load_folder(tmp_path).train[0]["image"].shape == (6, 8, 3)
 
 
 def test_grey_files_are_read_as_rgb(tmp_path):
     write_images(tmp_path / "a", 2, channels=1)
+    write_images(tmp_path / "b", 2)
     assert load_folder(tmp_path).train[0]["image"].shape == (6, 8, 3)
-
-
-def test_hidden_and_foreign_files_are_passed_over(tmp_path):
-    write_images(tmp_path / "a", 2)
-    write_images(tmp_path / ".cache", 2)
-    (tmp_path / "a" / "._00.png").write_bytes(b"resource fork")
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    dataset = load_folder(tmp_path)
-    assert dataset.class_names == ("a",)
-    assert len(dataset.train) + len(dataset.test) == 2
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -104,20 +98,147 @@ def test_train_without_a_test_split_is_an_error(tmp_path):
 
 def test_test_classes_must_be_known_from_training(tmp_path):
     write_images(tmp_path / "train" / "a", 2)
-    write_images(tmp_path / "test" / "b", 2)
-    with pytest.raises(ValueError, match=r"classes that .*train lacks: b; train has a"):
+    write_images(tmp_path / "train" / "b", 2)
+    write_images(tmp_path / "test" / "c", 2)
+    with pytest.raises(ValueError, match=r"classes that .*train lacks: c; train has a, b"):
         load_folder(tmp_path)
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
     write_images(tmp_path / "a", 1)
+    write_images(tmp_path / "b", 2)
     with pytest.raises(ValueError, match=r"class 'a' has 1 image .*at least 2"):
         load_folder(tmp_path)
 
 
 def test_a_file_that_is_no_image_is_named_on_reading(tmp_path):
     write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "b", 2)
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"a/0[01]\.png: cannot be decoded"):
         load_folder(tmp_path).train[0]
+
+
+def test_images_below_a_class_directory_are_of_the_class(tmp_path):
+    write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "a" / "2024" / "may", 3)
+    write_images(tmp_path / "b" / "only" / "below", 3)
+    dataset = load_folder(tmp_path)
+    labels = [record["label"] for source in (dataset.train, dataset.test) for record in source]
+    assert np.bincount(labels).tolist() == [5, 3]
+    assert dataset.left_out == ""
+
+
+def test_links_are_followed_and_circles_of_them_end(tmp_path):
+    write_images(tmp_path / "elsewhere" / "cats", 3)
+    write_images(tmp_path / "data" / "b", 2)
+    write_images(tmp_path / "elsewhere" / "more", 2)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "data" / "b" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (tmp_path / "data" / "b" / "round").symlink_to(tmp_path / "data" / "b")
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "data" / "b")
+    (tmp_path / "data" / "b" / "file.png").symlink_to(tmp_path / "elsewhere" / "cats" / "00.png")
+    dataset = load_folder(tmp_path / "data")
+    labels = [record["label"] for source in (dataset.train, dataset.test) for record in source]
+    assert dataset.class_names == ("a", "b")
+    assert np.bincount(labels).tolist() == [3, 5]
+
+
+def test_what_is_not_read_is_counted_in_one_line(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 2)
+    for name in ("x.tif", "y.TIF", "z.jfif"):
+        (tmp_path / "a" / name).write_bytes(b"an image all the same")
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "b" / "self.png").symlink_to(tmp_path / "b" / "self.png")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    (tmp_path / "lonely\n.png").write_bytes(b"of no class")
+    dataset = load_folder(tmp_path)
+    assert len(dataset.train) + len(dataset.test) == 4
+    assert dataset.left_out == (
+        f"{tmp_path}: 7 left out: 2 .tif (a/x.tif, …), 2 broken link (b/gone.png, …), "
+        "1 image in no class directory (lonely\\n.png), 1 .jfif (a/z.jfif), 1 no regular file (b/pipe.png)"
+    )
+
+
+def test_names_of_the_system_and_hidden_names_are_passed_over(tmp_path):
+    for name in ("a", "b", ".cache", "__MACOSX", "@eaDir", "a/.hidden", "a/__MACOSX"):
+        write_images(tmp_path / name, 2)
+    (tmp_path / "a" / "._00.png").write_bytes(b"resource fork")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    dataset = load_folder(f"{tmp_path}/")
+    assert dataset.class_names == ("a", "b")
+    assert len(dataset.train) + len(dataset.test) == 4
+    assert dataset.left_out == ""
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("train",), ("val",), ("Train/a", "Train/b", "Test/a"), ("test", "val", "plane")]
+)
+def test_splits_without_classes_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        write_images(tmp_path / name, 3)
+    with pytest.raises(ValueError, match=r"named as splits, not as classes: expected train/CLASS/IMAGE and test/CLASS"):
+        load_folder(tmp_path)
+
+
+def test_a_level_too_much_is_named(tmp_path):
+    write_images(tmp_path / "pets" / "cat", 3)
+    write_images(tmp_path / "pets" / "dog", 3)
+    with pytest.raises(ValueError, match=r"one class directory pets: .* If cat, dog in it are the classes"):
+        load_folder(tmp_path)
+    assert load_folder(tmp_path / "pets").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("level", ["", "train"])
+def test_one_class_is_refused(tmp_path, level):
+    write_images(tmp_path / level / "only", 3)
+    write_images(tmp_path / "test" / "only", 3) if level else None
+    with pytest.raises(ValueError, match=r"one class directory only: expected two or more"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("test", ["test", "test/unknown"])
+def test_a_test_split_without_the_classes_gives_way_to_a_validation_split(tmp_path, test):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        write_images(tmp_path / name, 2)
+    write_images(tmp_path / test, 3)
+    dataset = load_folder(tmp_path)
+    assert [record["label"] for record in dataset.test] == [0, 0, 1, 1]
+    assert "held-out directory without classes, val/ is read instead (test)" in dataset.left_out
+
+
+def test_a_flat_test_split_alone_says_what_was_expected(tmp_path):
+    for name in ("train/a", "train/b", "test"):
+        write_images(tmp_path / name, 2)
+    with pytest.raises(FileNotFoundError, match=rf"test has no class directories \(2 images .*{tmp_path}/test/CLASS"):
+        load_folder(tmp_path)
+
+
+def test_a_directory_that_cannot_be_read_is_no_smaller_data_set(tmp_path, monkeypatch):
+    for name in ("a", "b", "b/locked"):
+        write_images(tmp_path / name, 2)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"b/locked cannot be read \(Permission denied\)"):
+        load_folder(tmp_path)
+
+
+def test_names_in_errors_command_no_terminal(tmp_path):
+    write_images(tmp_path / "a", 2)
+    (tmp_path / "b\x1b[2J").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"class directories b\\x1b\[2J; expected"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", "~nobody-of-that-name/x"])
+def test_no_directory_and_an_unknown_home_are_refused(path):
+    with pytest.raises(FileNotFoundError, match=r"names no directory|home directory of a user, which is not known"):
+        load_dataset(f"folder:{path}")

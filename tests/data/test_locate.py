@@ -81,3 +81,11 @@ def test_the_default_directory_is_that_of_tfds(tmp_path, monkeypatch):
     assert locate("some", None) == tmp_path / "some" / "1.0.0"
     monkeypatch.delenv("TFDS_DATA_DIR")
     assert default_data_dir().parts[-1] == "tensorflow_datasets"
+
+
+def test_an_unknown_home_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"~nobody-of-that-name/x begins with the home directory"):
+        locate("some", "~nobody-of-that-name/x")
+    monkeypatch.setenv("TFDS_DATA_DIR", "~nobody-of-that-name")
+    with pytest.raises(FileNotFoundError, match="write the directory out"):
+        load_dataset("digits")

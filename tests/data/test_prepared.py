@@ -156,3 +156,10 @@ def test_sources_do_not_hold_on_to_the_builder(tmp_path):
     source = load(tmp_path, train=RECORDS, test=RECORDS).train
     assert isinstance(source, TfdsSplit)
     assert len(pickle.dumps(source)) < 20_000
+
+
+def test_one_class_is_refused(tmp_path):
+    image = encode(noise(4, 4, 3))
+    write_tfds(tmp_path, {"train": [(image, 0)], "test": [(image, 0)]}, num_classes=1)
+    with pytest.raises(ValueError, match="tiny has the one class 0: expected two or more"):
+        load_dataset("tiny", data_dir=str(tmp_path))
