@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,16 @@ import tyro
 
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import fit, normalize, read_image
-from repvgg_jax.data.find import EXTENSIONS
+from repvgg_jax.data.find import EXTENSIONS, describe_left_out
+from repvgg_jax.data.find import find_images as find_below
 from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.models import compile_inference
 from repvgg_jax.terminal import Output, fail, printable, run_command
+
+_EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"
+_LONGEST_LIST = 2**28
 
 
 class Prediction(NamedTuple):
@@ -53,7 +58,8 @@ def predict(
       batch_size: images per call of the network; the next batch is decoded, in threads, while it computes.
 
     Yields:
-      One prediction for each path, in order. A file that is missing or cannot be decoded has an `error`.
+      One prediction for each path, in order. A file that is missing or cannot be decoded has an `error`, and so has one
+      that is no regular file, or takes more memory than there is.
 
     Raises:
       ValueError: `top` or `batch_size` is less than 1.
@@ -90,35 +96,87 @@ def predict(
 
 def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
     try:
+        _require_file(path)
         image = read_image(path, preprocess.channels)
         return fit(image, preprocess.image_size, preprocess.eval_resize, preprocess.interpolation)
-    except (OSError, ValueError) as error:
-        return str(error)
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    # Whatever it is, a MemoryError too, it is of this image: the others are classified.
+    except Exception as error:
+        message = str(error) or type(error).__name__
+        return message if path in message else f"{path}: {message}"
 
 
-def find_images(arguments: Iterable[str], lines: Iterable[str] = ()) -> list[str]:
+def _require_file(path: str) -> None:
+    """Refuse what has no end, or waits for a writer, and say why a directory is here."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        os.scandir(path).close()
+        raise ValueError(f"{path} holds no image: {_EXPECTED}")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no regular file: expected an image file")
+
+
+def find_images(
+    arguments: Iterable[str], lines: Iterable[str] = (), *, say: Callable[[str], object] = lambda line: None
+) -> list[str]:
     """Expand what the command line names into image files.
 
     Args:
-      arguments: files, which are taken as they are; directories, which stand for the images in them and below,
-        sorted; '-', which stands for `lines`.
-      lines: paths of files, one each, empty ones passed over.
+      arguments: files, which are taken as they are; directories, which stand for the images that training would find
+        in them and below, sorted; '-', which stands for `lines`.
+      lines: paths of files and directories, exact to the last space; empty ones are passed over.
+      say: is told, in one line for each directory, what is left out there.
+
+    Returns:
+      Paths of files, and of the directories that cannot be read, or are one of `lines` and hold no image: `predict` has
+      an error for each.
 
     Raises:
-      FileNotFoundError: a directory holds no image.
+      FileNotFoundError: a directory among the arguments holds no image.
     """
     found: list[str] = []
     for argument in arguments:
         if argument == "-":
-            found += [line for line in (line.strip() for line in lines) if line]
-        elif Path(argument).is_dir():
-            below = sorted(str(path) for path in Path(argument).rglob("*") if path.suffix.lower() in EXTENSIONS)
+            for line in filter(None, lines):
+                found += (_below(line, say) or [line]) if os.path.isdir(line) else [line]
+        elif os.path.isdir(argument):
+            below = _below(argument, say)
             if not below:
-                raise FileNotFoundError(f"{argument} holds no image: expected files ending in {', '.join(EXTENSIONS)}")
+                raise FileNotFoundError(f"{argument} holds no image: {_EXPECTED}")
             found += below
         else:
             found.append(argument)
     return found
+
+
+def _below(directory: str, say: Callable[[str], object]) -> list[str]:
+    found = find_below(directory)
+    if found.left_out:
+        say(describe_left_out(found.left_out, directory))
+    return found.images + list(found.unreadable)
+
+
+def read_list(stream: TextIO | None) -> list[str]:
+    """The paths in a list: one a line, or, where its last byte is NUL, one before each NUL, as `find -print0` writes.
+
+    Args:
+      stream: of text or with the bytes beneath it; None, as a closed standard input is, stands for an empty list.
+
+    Returns:
+      Paths as `os.fsdecode` gives them, so that bytes which are not UTF-8 name the same file.
+
+    Raises:
+      ValueError: the list is longer than 256 MiB.
+    """
+    if stream is None:
+        return []
+    content = os.fsencode(getattr(stream, "buffer", stream).read(_LONGEST_LIST + 1))
+    if len(content) > _LONGEST_LIST:
+        raise ValueError(f"the list on standard input is longer than {_LONGEST_LIST} bytes: give it in parts")
+    if content.endswith(b"\0"):
+        return [os.fsdecode(entry) for entry in content.split(b"\0")]
+    return [os.fsdecode(entry.removesuffix(b"\r")) for entry in content.split(b"\n")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +184,15 @@ class _Arguments:
     weights: tyro.conf.Positional[Path]
     """A deploy.safetensors."""
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files; directories, searched for images; - for a list of files on standard input."""
+    """Image files; directories, searched for images; - for a list on standard input, one path a line, or each ended by
+    NUL as find -print0 writes them."""
     top: int = 5
     """Classes per image."""
     batch_size: int = 32
     """Images per call of the network."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object a line: {"path", "classes": [{"name", "probability"}, …]} or {"path", "error"}."""
+    """Print one JSON object a line: {"path", "classes": [{"name", "probability"}, …]} or {"path", "error"}. All of
+    it is ASCII, and paths are exact: a byte XX that is not UTF-8 is \\udcXX, which Python's os.fsencode turns back."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -150,7 +210,8 @@ def _classify(arguments: Sequence[str], output: Output) -> int:
     try:
         require_devices()
         keep_compiled_programs()
-        paths = find_images(parsed.images, sys.stdin or ())
+        lines = read_list(sys.stdin) if "-" in parsed.images and sys.stdin else []
+        paths = find_images(parsed.images, lines, say=partial(print, file=sys.stderr))
         if not paths:
             raise ValueError("no image is named: give files, directories, or - and a list on standard input")
         deployed = load_deploy(parsed.weights)
@@ -160,19 +221,15 @@ def _classify(arguments: Sequence[str], output: Output) -> int:
             if prediction.error is not None:
                 status = 1
             if parsed.as_json:
-                print(json.dumps(_as_json(prediction), ensure_ascii=not _encodes_all(sys.stdout)), flush=True)
+                print(json.dumps(_as_json(prediction)), flush=True)
             elif prediction.error is not None:
                 fail(prediction.error, 1)
             else:
-                lines = [f"{100 * probability:8.2f} %  {printable(name)}" for name, probability in prediction.classes]
-                print("\n".join([printable(prediction.path), *lines]), flush=True)
+                shown = [f"{100 * probability:8.2f} %  {printable(name)}" for name, probability in prediction.classes]
+                print("\n".join([printable(prediction.path), *shown]), flush=True)
     except (OSError, ValueError) as error:
         return fail(str(error), 2)
     return status
-
-
-def _encodes_all(stream: TextIO) -> bool:
-    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def _as_json(prediction: Prediction) -> dict[str, object]:

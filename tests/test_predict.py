@@ -3,8 +3,10 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import repvgg_jax
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.data import fit, read_image
+from repvgg_jax.data.folder import load_folder
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
-from repvgg_jax.predict import find_images, main, predict
+from repvgg_jax.predict import find_images, main, predict, read_list
 from tests.random_variables import random_variables
 
 NAMES = ("cat", "dog", "fish", "bird", "Frösche")
@@ -175,3 +179,109 @@ def test_a_jax_that_cannot_start_is_told_in_a_line(place, monkeypatch, capsys):
     assert main([str(place / "deploy.safetensors"), str(place / "images")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "JAX cannot start" in line
+
+
+def test_a_directory_holds_the_images_that_training_finds_in_it(place, tmp_path):
+    for name in ("data/a", "data/a/.hidden", "data/__MACOSX", "data/b/below", "linked"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("x.png", "y.JPG", ".z.png", "notes.txt"):
+            (tmp_path / name / file).write_bytes((place / "images" / "a.png").read_bytes())
+    (tmp_path / "data" / "b" / "linked").symlink_to(tmp_path / "linked")
+    (tmp_path / "data" / "b" / "round").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "b" / "directory.png").mkdir()
+    dataset = load_folder(tmp_path / "data")
+    said = []
+    found = find_images([f"{tmp_path / 'data'}/"], say=said.append)
+    assert found == sorted(dataset.train._files + dataset.test._files)
+    assert len(found) == 6
+    assert len(said) == 1
+    assert "3 .txt (" in said[0]
+
+
+def run(place, *arguments, **options):
+    command = [sys.executable, "-m", "repvgg_jax.predict", place / "deploy.safetensors", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(repvgg_jax.__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, check=False, timeout=100, env=environment, **options)
+
+
+def test_one_images_trouble_is_one_images(place, tmp_path):
+    image = (place / "images" / "a.png").read_bytes()
+    names = [b"caf\xe9.png", b" spaces .png", "猫.png".encode(), b"two\nlines.png", b"\x1b[2J.png", b"locked.png"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(image)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty").mkdir()
+    listed = [*names, b"pipe.png", b"empty", b"absent.png", b"/dev/zero", b"a" * 5000, b"images"]
+    (tmp_path / "images").symlink_to(place / "images")
+    result = run(place, "-", "--json", cwd=tmp_path, input=b"".join(name + b"\0" for name in listed))
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 1
+    assert [os.fsencode(line["path"]) for line in lines[:-5]] == listed[:-1]
+    assert ["error" in line for line in lines] == [False] * 6 + [True] * 5 + [False] * 5
+    assert result.stdout.isascii()
+    for line, expected in zip(
+        lines[6:11], ["no regular file", "no image", "No such", "no regular", "too long"], strict=True
+    ):
+        assert expected in line["error"]
+    text = run(place, *names, "absent\x1b[2J.png", cwd=tmp_path)
+    assert text.returncode == 1
+    assert b"\x1b" not in text.stdout + text.stderr
+    shown = [line for line in text.stdout.decode().splitlines() if "%" not in line]
+    assert shown == [r"caf\xe9.png", " spaces .png", "猫.png", r"two\nlines.png", r"\x1b[2J.png", "locked.png"]
+    assert text.stderr.decode() == "error: absent\\x1b[2J.png: No such file or directory\n"
+
+
+def test_any_exception_of_one_image_is_told_and_the_others_are_classified(place, monkeypatch):
+    paths = [str(place / "images" / name) for name in ("a.png", "b.jpg", "c.JPEG")]
+    failures = {paths[0]: MemoryError(), paths[1]: RecursionError("too deep")}
+
+    def read(path, channels):
+        if path in failures:
+            raise failures[path]
+        return read_image(path, channels)
+
+    monkeypatch.setattr("repvgg_jax.predict.read_image", read)
+    first, second, third = predict(load_deploy(place / "deploy.safetensors"), paths)
+    assert first.error == f"{paths[0]}: MemoryError"
+    assert second.error == f"{paths[1]}: too deep"
+    assert third.error is None
+    assert third.classes
+
+
+def test_a_directory_that_cannot_be_read_is_an_error_of_its_own(place, tmp_path, monkeypatch):
+    for name in ("a.png", "locked/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((place / "images" / "a.png").read_bytes())
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    good, locked = predict(load_deploy(place / "deploy.safetensors"), find_images([str(tmp_path)]))
+    assert good.error is None
+    assert locked.error == f"{tmp_path / 'locked'}: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("content", "paths"),
+    [
+        (b"a.png\r\n b.png \n\n", ["a.png", " b.png ", "", ""]),
+        (b"two\nlines\r\0caf\xe9\0", ["two\nlines\r", os.fsdecode(b"caf\xe9"), ""]),
+        (b"a\0b.png\nc.png", ["a\0b.png", "c.png"]),
+        (b"", [""]),
+    ],
+)
+def test_a_list_names_files_byte_by_byte(content, paths):
+    assert read_list(io.TextIOWrapper(io.BytesIO(content), encoding="ascii")) == paths
+
+
+def test_a_nul_in_a_line_and_a_closed_standard_input_are_no_traceback(place):
+    good = place / "images" / "a.png"
+    result = run(place, "-", "--json", input=b"a\0b.png\n" + os.fsencode(good))
+    bad, fine = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (bad["path"], fine["path"], result.returncode) == ("a\0b.png", str(good), 1)
+    assert "null" in bad["error"]
+    assert read_list(None) == []

@@ -80,23 +80,24 @@ def list_directory(directory: str | os.PathLike[str]) -> Found:
 def find_images(directory: str | os.PathLike[str]) -> Found:
     """Find the images in a directory and below it, as `list_directory` does in one.
 
-    Linked directories are entered, but none is read twice, so that links may lead in circles.
+    Linked directories are entered, but none is read twice, and none that the directory itself lies in: links may lead
+    in circles.
 
     Returns:
       What was found; the images are sorted by path, and no directory is left to enter.
     """
     found = Found()
-    pending, seen = deque([str(Path(directory))]), set()
+    pending = deque([str(Path(directory))])
+    seen = {_identity(above) for above in Path(directory).resolve().parents}
     while pending:
         path = pending.popleft()
         try:
-            status = os.stat(path)
+            identity = _identity(path)
         except OSError as error:
             found.unreadable[path] = error.strerror or str(error)
             continue
-        identity = (status.st_dev, status.st_ino)
         if identity in seen:
-            found.left_out.append(LeftOut("link to a directory that is read already", path))
+            found.left_out.append(LeftOut("link in a circle, or to a directory that is read already", path))
             continue
         seen.add(identity)
         here = list_directory(path)
@@ -123,6 +124,11 @@ def describe_left_out(left_out: Iterable[LeftOut], root: str | os.PathLike[str])
     others = total - sum(len(paths) for _, paths in shown)
     parts += [f"{others} of other kinds"] if others else []
     return printable(f"{os.fspath(root)}: {total} left out: {', '.join(parts)}")
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
