@@ -97,24 +97,10 @@ def branch_rule(
 
         branches = []
         for name in present:
-            convolution = lifted_params[name][conv]
-            kernel = convolution["kernel"]
-            if kernel.ndim != 4:
-                raise ValueError(
-                    f"{name}/{conv}/kernel has shape {tuple(kernel.shape)}, expected rank 4 (kh, kw, in/groups, out); "
-                    "blocks stacked by a scan or an ensemble are fused with jax.vmap(fuse) over the stacked axis"
-                )
-            statistics = lifted_stats.get(name, {}).get(norm, {})
-            branches.append(
-                _fold(
-                    name,
-                    kernel,
-                    convolution.get("bias"),
-                    lifted_params[name].get(norm, {}),
-                    statistics,
-                    epsilon,
-                )
-            )
+            convolution, affine = lifted_params[name][conv], lifted_params[name].get(norm, {})
+            kernel, statistics = convolution["kernel"], lifted_stats.get(name, {}).get(norm, {})
+            _require_one_plane(f"{name}/{conv}/kernel", kernel, {**affine, **statistics})
+            branches.append(_fold(name, kernel, convolution.get("bias"), affine, statistics, epsilon))
         if identity in consumed:
             in_channels, out_channels = branches[0].kernel.shape[2:]
             statistics = lifted_stats.get(identity, {})
@@ -180,6 +166,25 @@ def _check_branch(name: str, branch: Any, statistics: Any, conv: str, norm: str)
             f"{name} has the children {sorted(branch)} in params and {sorted(statistics)} in batch_stats, expected "
             f"{conv}/kernel and {norm}"
         )
+
+
+def _require_one_plane(name: str, kernel: Any, vectors: Tree) -> None:
+    """See that a kernel is of one 2-D convolution; the vectors of its norm tell a stack from another rank."""
+    stacked = max((vector.ndim - 1 for vector in vectors.values()), default=0)
+    if kernel.ndim == 4 and stacked <= 0:
+        return
+    spatial = kernel.ndim - 2 - max(stacked, 0)
+    stack = "blocks stacked by a scan or an ensemble are fused with jax.vmap(fuse) over the stacked axis"
+    other = f"{spatial}-D convolutions are merged by repvgg_jax.reparameterize(apply, variables, inputs)"
+    if stacked > 0:
+        advice = stack if spatial == 2 else f"{other}, with the {stacked} stacked axes of the scan unrolled"
+    elif kernel.ndim == 5 and (not vectors or len(set(kernel.shape[:3])) > 1):
+        advice = f"{stack}; {other}"
+    elif kernel.ndim in (3, 5):
+        advice = other
+    else:
+        advice = stack if kernel.ndim > 5 else "a rule names convolutions alone"
+    raise ValueError(f"{name} has shape {tuple(kernel.shape)}, expected rank 4 (kh, kw, in/groups, out); {advice}")
 
 
 def _fold(name: str, kernel: Any, conv_bias: Any, affine: Tree, statistics: Tree, epsilon: float) -> Convolution:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model, fuse, fuse_model
+from repvgg_jax import create_model, fuse, fuse_model, reparameterize
 from repvgg_jax.reparam import equivalent_kernels
 from tests.random_variables import random_images, random_variables
 
@@ -241,6 +241,57 @@ def test_every_broken_block_is_named_in_one_error():
     variables["batch_stats"]["stage2_block1"]["branch_1x1"]["bn"]["mean"] = jnp.full(32, jnp.inf)
     with pytest.raises(ValueError, match=r"(?s)stage1_block1: .*stage2_block1: "):
         fuse(variables)
+
+
+STACK, OTHER_RANK = "jax.vmap(fuse)", "-D convolutions are merged by repvgg_jax.reparameterize"
+
+
+def vectors(*shape):
+    return {"mean": jnp.zeros(shape), "var": jnp.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "statistics", "advice"),
+    [
+        ((3, 16, 16), vectors(16), ["1" + OTHER_RANK]),
+        ((3, 3, 3, 16, 16), vectors(16), ["3" + OTHER_RANK]),
+        ((3, 3, 3, 16, 16), vectors(3, 16), [STACK]),
+        ((7, 3, 3, 16, 16), vectors(7, 16), [STACK]),
+        ((2, 7, 3, 3, 16, 16), vectors(2, 7, 16), [STACK]),
+        ((1, 3, 3, 16, 16), vectors(16), [STACK, "3" + OTHER_RANK]),
+        ((3, 3, 3, 16, 16), {}, [STACK, "3" + OTHER_RANK]),
+        ((7, 3, 16, 16), vectors(7, 16), ["1" + OTHER_RANK, "unrolled"]),
+        ((7, 3, 3, 3, 16, 16), vectors(7, 16), ["3" + OTHER_RANK, "unrolled"]),
+        ((16, 16), vectors(16), ["a rule names convolutions alone"]),
+    ],
+)
+def test_kernels_of_another_rank_get_the_advice_that_helps_them(kernel, statistics, advice):
+    branch = {"branch_3x3": {"conv": {"kernel": jnp.ones(kernel)}, "bn": {}}}
+    with pytest.raises(ValueError, match=r"stage1_block1: branch_3x3/conv/kernel has shape \(") as error:
+        fuse(block(branch, {"branch_3x3": {"bn": statistics}}))
+    message = str(error.value)
+    assert [text for text in (STACK, "1" + OTHER_RANK, "3" + OTHER_RANK, "unrolled", "a rule names convolutions alone")
+            if text in message] == advice  # fmt: skip
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_convolutions_of_other_ranks_are_merged_as_the_advice_says(dimensions):
+    class Branches(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norms = [nn.BatchNorm(use_running_average=True, name=f"bn{number}") for number in range(3)]
+            kernels = [nn.Conv(4, (size,) * dimensions, use_bias=False) for size in (3, 1)]
+            return norms[0](kernels[0](x)) + norms[1](kernels[1](x)) + norms[2](x)
+
+    images = random_images((2, *(5,) * dimensions, 4), np.float32)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.1, 0.9, leaf.shape), jnp.float32),
+        Branches().init(jax.random.key(0), images),
+    )
+    merged = reparameterize(Branches().apply, variables, images)
+    assert merged.totals["convolutions"] == (2, 1)
+    np.testing.assert_allclose(merged(merged.params, images), Branches().apply(variables, images), atol=1e-5)
 
 
 def remove(variables, *path):
