@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,28 @@ _IMAGES = 8
 _FLOAT64_TOLERANCE, _FLOAT32_TOLERANCE = 1e-9, 1e-4
 
 
+class FusedWeights(NamedTuple):
+    """What became of a file of weights.
+
+    Attributes:
+      agreement: how the logits of both forms compare in float32; None where the weights are of a deploy form already.
+      source: which weights of the file were taken, in words.
+    """
+
+    agreement: Agreement | None
+    source: str
+
+
 def fuse_weights(
     path: str | os.PathLike[str],
     variant: str,
     output: str | os.PathLike[str] | None,
     *,
+    entry: str | None = None,
     class_names: Sequence[str] | None = None,
     image_size: int = 224,
     strides: Sequence[int] = (2, 2, 2, 2, 2),
-) -> Agreement | None:
+) -> FusedWeights:
     """Fuse a file of PyTorch weights and save the deploy form.
 
     There are no test images to verify on, so both forms see images of noise: in float64, where they must agree to
@@ -41,34 +54,34 @@ def fuse_weights(
       path: of weights in either form; see `load_weights`. Those of a deploy form are saved as they are.
       variant: the published network they are of.
       output: the file to write; None verifies alone.
+      entry: which weights to take of a file that holds several; see `load_weights`.
       class_names: one for each logit; 'class 0', … where not given.
       image_size: side length in pixels of the images the network is for; normalised as for ImageNet.
       strides: of the stem and of stage 1 to 4.
 
     Returns:
-      How the logits of both forms compare in float32; None where the weights are of a deploy form already.
+      How the two forms compare, and which weights of the file were taken.
 
     Raises:
       EquivalenceError: the forms are not the same function; nothing is written.
       FileNotFoundError, ValueError, ImportError: as `load_weights`; or there are not as many names as classes.
     """
     variant = canonical_name(variant)
-    loaded = load_weights(path, variant, strides=strides)
+    loaded = load_weights(path, variant, entry=entry, strides=strides)
     names = [f"class {index}" for index in range(loaded.model.num_classes)] if class_names is None else class_names
     if len(names) != loaded.model.num_classes:
         raise ValueError(f"there are {len(names)} class names: expected {loaded.model.num_classes}, one for each logit")
-    fused, found = loaded, None
-    if not loaded.model.deploy:
-        fused = Weights(*fuse_model(*loaded))
-        found = _prove(loaded, fused, image_size)
+    model, variables = loaded
+    found = None
+    if not model.deploy:
+        model, variables = fuse_model(*loaded)
+        found = _prove(loaded, (model, variables), image_size)
     if output is not None:
-        save_deploy(
-            Path(output), variant, fused.model, fused.variables, imagenet_preprocess(names, image_size=image_size)
-        )
-    return found
+        save_deploy(Path(output), variant, model, variables, imagenet_preprocess(names, image_size=image_size))
+    return FusedWeights(found, loaded.source)
 
 
-def _prove(loaded: Weights, fused: Weights, image_size: int) -> Agreement:
+def _prove(loaded: Weights, fused: tuple[RepVGG, Any], image_size: int) -> Agreement:
     channels = loaded.variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
     noise = np.random.default_rng(0).normal(size=(_IMAGES, image_size, image_size, channels))
     with jax.enable_x64(True):
@@ -79,7 +92,9 @@ def _prove(loaded: Weights, fused: Weights, image_size: int) -> Agreement:
         assert_equivalent(_logits(*forms, small), _logits(*fuse_model(*forms), small), rtol=_FLOAT64_TOLERANCE)
     images = jnp.asarray(noise, jnp.float32)
     with jax.default_matmul_precision("float32"):
-        return assert_equivalent(_logits(*loaded, images), _logits(*fused, images), rtol=_FLOAT32_TOLERANCE)
+        return assert_equivalent(
+            _logits(loaded.model, loaded.variables, images), _logits(*fused, images), rtol=_FLOAT32_TOLERANCE
+        )
 
 
 def _logits(model: RepVGG, variables: Any, images: jax.Array) -> np.ndarray:

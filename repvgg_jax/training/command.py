@@ -64,6 +64,8 @@ class _FuseArguments:
     """Of a run: where the data set (TFDS' data_dir, or PATH of folder:PATH) lies now, if it has moved."""
     variant: str | None = None
     """Of weights: the published network they are of, e.g. repvgg_a0."""
+    entry: str | None = None
+    """Of weights: which to take of a file that holds several, e.g. model or ema; the average where not given."""
     output: Path | None = None
     """Of weights: the file to write; NAME.deploy.safetensors beside NAME.pth where not given."""
     class_names: Path | None = None
@@ -149,7 +151,7 @@ def _require_fitting(parsed: _FuseArguments, weights: bool) -> None:
     require_writing(parsed.export, parsed.check_only)
     if weights and parsed.variant is None:
         raise ValueError(f"variant is None: expected that of {parsed.source}, e.g. --variant repvgg_a0")
-    others = ("data_dir",) if weights else ("variant", "output", "class_names", "image_size", "strides")
+    others = ("data_dir",) if weights else ("variant", "entry", "output", "class_names", "image_size", "strides")
     defaults = _FuseArguments(parsed.source)
     given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
     if given:
@@ -161,14 +163,16 @@ def _fuse_weights(parsed: _FuseArguments) -> None:
     if parsed.class_names and not parsed.class_names.is_file():
         raise FileNotFoundError(f"{parsed.class_names} does not exist: expected a text file, one class name a line")
     output = parsed.output or parsed.source.with_suffix(".deploy.safetensors")
-    found = fuse_weights(
+    found, source = fuse_weights(
         parsed.source,
         str(parsed.variant),
         None if parsed.check_only else output,
+        entry=parsed.entry,
         class_names=parsed.class_names.read_text().splitlines() if parsed.class_names else None,
         image_size=parsed.image_size,
         strides=parsed.strides,
     )
+    print(f"{printable(str(parsed.source))}: took {source}")
     if found is None:
         print(f"{parsed.source} is of a deploy form: there is nothing to fuse")
     else:

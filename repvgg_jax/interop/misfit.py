@@ -1,0 +1,163 @@
+"""Weights that do not fit a model: in a few lines what differs, and which published network they are of."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from repvgg_jax.interop.torch_keys import Layout, expected_shapes
+from repvgg_jax.models import VARIANTS, RepVGG, create_model
+from repvgg_jax.models.blocks import SqueezeExcitePosition
+from repvgg_jax.terminal import printable
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SHOWN = 6
+_KERNEL: dict[Layout, str] = {
+    "official": r"stage(?P<stage>\d)(?P<half>_first|_second)?(\.blocks)?(\.(?P<number>\d+))?"
+    r"\.(rbr_dense\.conv|rbr_reparam)\.weight",
+    "timm": r"(stem|stages\.(?P<stage>\d)(?P<half>)\.(?P<number>\d+))\.(conv_kxk\.conv|reparam_conv)\.weight",
+}
+_CLASSIFIERS = ("linear.weight", "head.fc.weight")
+
+
+class Architecture(NamedTuple):
+    """What sets one RepVGG apart from another; the fields are those of the model."""
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    groups: int
+    squeeze_excite: SqueezeExcitePosition | None
+    plus: bool
+
+
+def require_fit(
+    model: RepVGG, layout: Layout, expected: Shapes, found: Shapes, heads: set[str], *, ignore_heads: bool
+) -> None:
+    """See that a state dict has the keys and shapes of a model.
+
+    Args:
+      model: for the message.
+      layout: whose names the keys are.
+      expected: shapes by key, of the model.
+      found: shapes by key, of the state dict.
+      heads: the keys of the classifiers.
+      ignore_heads: whether those may be anything.
+
+    Raises:
+      ValueError: they differ; the message names the first few keys of each kind, and the published network that the
+        weights are of.
+    """
+    differing = {name for name in {*expected, *found} if expected.get(name) != found.get(name)}
+    if ignore_heads:
+        differing -= heads
+    if not differing:
+        return
+    form = "deploy" if model.deploy else "training"
+    remedy = "the rest does: give its num_classes, or head='reinit' to initialise classifiers for yours"
+    if not differing <= heads:
+        remedy = f"{_diagnose(model, layout, found)}check the variant, strides, num_classes and deploy"
+    raise ValueError(
+        f"the state dict ({layout} layout) does not fit this model ({form} form, {model.num_classes} classes, "
+        f"depths {model.depths}, widths {model.widths}); {remedy}:\n  "
+        + "\n  ".join(_examples(differing, expected, found))
+    )
+
+
+def _examples(differing: set[str], expected: Shapes, found: Shapes) -> list[str]:
+    """A few of the keys that differ, of each kind; kernels first, which say the most."""
+    kinds: dict[str, list[str]] = {"shape": [], "missing": [], "unexpected": []}
+    for name in sorted(differing, key=lambda name: (-len(expected.get(name, found.get(name, ()))), name)):
+        shown = printable(name)
+        if name not in found:
+            kinds["missing"].append(f"missing {shown} {expected[name]}")
+        elif name not in expected:
+            kinds["unexpected"].append(f"unexpected {shown} {found[name]}")
+        else:
+            kinds["shape"].append(f"{shown} has shape {found[name]}, expected {expected[name]}")
+    each = _SHOWN // sum(map(bool, kinds.values()))
+    lines = [line for kind in kinds.values() for line in kind[:each]]
+    more = len(differing) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
+
+
+def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
+    """Which published network the weights are of; nothing where that does not help."""
+    architecture = _architecture(layout, found)
+    if architecture is None:
+        return ""
+    deploy = any("reparam" in name for name in found)
+    strides = _strides(layout, found)
+    form = "deploy" if deploy else "training"
+    names = [name for name in VARIANTS if _published(name) == architecture]
+    if not names and architecture == _architecture_of(model):
+        return ""
+    if not names:
+        return (
+            f"no published network has depths {architecture.depths}, widths {architecture.widths} and groups "
+            f"{architecture.groups}, as the weights have; "
+        )
+    shapes = [found[name] for name in _CLASSIFIERS if len(found.get(name, ())) == 2]
+    classes = shapes[0][0] if shapes else model.num_classes
+    fitting = create_model(names[0], num_classes=max(1, classes), deploy=deploy, strides=strides)
+    wanted = expected_shapes(fitting, layout, _in_channels(layout, found))
+    sure = dict(wanted.values()) == dict(found)
+    told = "" if strides == (2, 2, 2, 2, 2) else f", strides {strides}"
+    classifier = f", {classes} classes" if shapes else ", no classifier"
+    return f"these {'are' if sure else 'resemble'} the weights of {names[0]} in its {form} form{classifier}{told}; "
+
+
+def _architecture(layout: Layout, found: Shapes) -> Architecture | None:
+    """Read off the 3×3 kernels, one a block; None where they are not those of a stem and four stages."""
+    blocks: dict[tuple[int, bool, int], tuple[int, ...]] = {}
+    for name, shape in found.items():
+        match = re.fullmatch(_KERNEL[layout], name)
+        if match is None:
+            continue
+        if len(shape) != 4 or 0 in shape:
+            return None
+        stage = int(match["stage"] or 0)
+        if layout == "timm" and match["stage"] is not None:
+            stage += 1
+        blocks[stage, match["half"] == "_second", int(match["number"] or 0)] = shape
+    order = sorted(blocks)
+    stages = [[blocks[where] for where in order if where[0] == stage] for stage in range(5)]
+    if not all(stages):
+        return None
+    kernels = [blocks[where] for where in order]
+    groups = max(before[0] // kernel[1] for before, kernel in itertools.pairwise(kernels))
+    after = any(".post_se." in name for name in found)
+    before = any(".se." in name or ".attn." in name for name in found)
+    return Architecture(
+        depths=tuple(map(len, stages[1:])),
+        widths=tuple(stage[0][0] for stage in stages),
+        groups=groups,
+        squeeze_excite="after_relu" if after else "before_relu" if before else None,
+        plus=any(".blocks." in name for name in found),
+    )
+
+
+def _published(name: str) -> Architecture:
+    return _architecture_of(create_model(name))
+
+
+def _architecture_of(model: RepVGG) -> Architecture:
+    return Architecture(model.depths, model.widths, model.groups, model.squeeze_excite, model.auxiliary_heads)
+
+
+def _strides(layout: Layout, found: Shapes) -> tuple[int, ...]:
+    """Of stem and stages, where an identity branch in the first block of one tells that it is 1; 2 elsewhere."""
+    first = {
+        "official": r"stage(\d)(?:_first)?(?:\.blocks)?\.0\.rbr_identity\.weight",
+        "timm": r"stages\.(\d)\.0\.identity\.weight",
+    }[layout]
+    told = {int(match[1]) + (layout == "timm") for name in found if (match := re.fullmatch(first, name))}
+    return tuple(1 if stage in told else 2 for stage in range(5))
+
+
+def _in_channels(layout: Layout, found: Shapes) -> int:
+    stem = "stage0." if layout == "official" else "stem."
+    shapes = (shape for name, shape in found.items() if re.fullmatch(_KERNEL[layout], name) and name.startswith(stem))
+    return next((shape[1] for shape in shapes if len(shape) == 4), 3)

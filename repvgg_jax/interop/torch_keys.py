@@ -1,0 +1,159 @@
+"""What PyTorch code calls the leaves of a RepVGG, and how it lays them out. Needs no torch.
+
+Layouts:
+  official: https://github.com/DingXiaoH/RepVGG (`stage1.0.rbr_dense.conv.weight`, `linear.weight`; RepVGGplus
+    nests blocks, `stage1.blocks.0…`, and splits stage 3 in `stage3_first` and `stage3_second`).
+  timm: https://github.com/huggingface/pytorch-image-models, `timm/models/byobnet.py`
+    (`stages.0.0.conv_kxk.conv.weight`, `head.fc.weight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from repvgg_jax.models import RepVGG
+
+Layout = Literal["official", "timm"]
+Path = tuple[str, ...]
+
+_CHILDREN: dict[str, dict[str, str]] = {
+    "official": {
+        "branch_3x3": "rbr_dense",
+        "branch_1x1": "rbr_1x1",
+        "branch_identity": "rbr_identity",
+        "reparam": "rbr_reparam",
+        "down": "down",
+        "up": "up",
+    },
+    "timm": {
+        "branch_3x3": "conv_kxk",
+        "branch_1x1": "conv_1x1",
+        "branch_identity": "identity",
+        "reparam": "reparam_conv",
+        "se": "attn",
+        "down": "fc1",
+        "up": "fc2",
+    },
+}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def find_layout(keys: Iterable[str]) -> Layout:
+    """Whose names these are: the official repository's, or timm's."""
+    return "timm" if any(key.startswith("stem.") for key in keys) else "official"
+
+
+def torch_key(model: RepVGG, path: Path, layout: Layout) -> str:
+    """The state-dict key of one leaf.
+
+    Args:
+      model: the network; RepVGGplus (`auxiliary_heads=True`) has keys of its own in the official layout.
+      path: e.g. `('params', 'stage1_block1', 'branch_3x3', 'conv', 'kernel')`.
+      layout: "official" or "timm".
+
+    Returns:
+      E.g. `'stage1.0.rbr_dense.conv.weight'`.
+
+    Raises:
+      ValueError: timm has no RepVGGplus.
+    """
+    plus = model.auxiliary_heads
+    if plus and layout == "timm":
+        raise ValueError("timm has no RepVGGplus: expected layout='official'")
+    _, unit, *children, leaf = path
+    names: list[str]
+    if unit == "head":
+        names = ["linear"] if layout == "official" else ["head", "fc"]
+    elif unit.endswith("_aux"):
+        # nn.Sequential(ConvBN + ReLU, pooling, flatten, linear)
+        names = [unit, *(["3"] if children == ["head"] else ["0", *children[1:]])]
+    else:
+        squeeze_excite = "post_se" if model.squeeze_excite == "after_relu" else "se"
+        renamed = {"se": squeeze_excite, **_CHILDREN[layout]}
+        names = [_block_name(model, unit, layout), *(renamed.get(child, child) for child in children)]
+    return ".".join([*names, _LEAVES[leaf]])
+
+
+def _block_name(model: RepVGG, unit: str, layout: Layout) -> str:
+    if unit == "stem":
+        return "stage0" if layout == "official" else "stem"
+    stage, number = (int(part) for part in unit.removeprefix("stage").split("_block"))
+    if layout == "timm":
+        return f"stages.{stage - 1}.{number - 1}"
+    if not model.auxiliary_heads:
+        return f"stage{stage}.{number - 1}"
+    first = model.depths[2] // 2
+    if stage != 3:
+        return f"stage{stage}.blocks.{number - 1}"
+    return f"stage3_first.blocks.{number - 1}" if number <= first else f"stage3_second.blocks.{number - 1 - first}"
+
+
+STEMS = (("params", "stem", "reparam", "kernel"), ("params", "stem", "branch_3x3", "conv", "kernel"))
+
+
+def stem_keys(model: RepVGG, layout: Layout) -> list[str]:
+    """Keys that the kernel of the stem can have."""
+    return [torch_key(model, path, layout) for path in STEMS]
+
+
+def expected_shapes(model: RepVGG, layout: Layout, in_channels: int) -> dict[Path, tuple[str, tuple[int, ...]]]:
+    """Key and shape of each leaf on the other side, by its path in the variables; kernels are OIHW there.
+
+    Args:
+      model: in the form of the state dict.
+      layout: "official" or "timm".
+      in_channels: of the images.
+    """
+    leaves = by_path(template(model, in_channels)).items()
+    # A broadcast zero has the shape and takes no memory.
+    hollow = {path: np.broadcast_to(np.zeros(()), leaf.shape) for path, leaf in leaves}
+    return {path: (torch_key(model, path, layout), to_torch_layout(path, leaf).shape) for path, leaf in hollow.items()}
+
+
+def by_path(tree: Any) -> dict[Path, Any]:
+    """The leaves of a tree of dicts by their path."""
+    return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def template(model: RepVGG, in_channels: int) -> Any:
+    """Shapes and dtypes of a model's variables."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), model.param_dtype)
+    init: Callable[..., Any] = lambda key, x: model.init(key, x, train=False)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), images)
+
+
+def is_head(names: Path) -> bool:
+    """Whether a path is that of a classifier's leaf."""
+    return names[-2] == "head"
+
+
+def to_torch_layout(names: Path, value: np.ndarray) -> np.ndarray:
+    """From HWIO to OIHW; dense kernels are transposed."""
+    if value.ndim == 4:
+        return value.transpose(3, 2, 0, 1)
+    if value.ndim == 2:
+        value = value.T
+        # PyTorch's squeeze-excite is a pair of 1×1 convolutions.
+        return value[:, :, None, None] if _is_squeeze_excite(names) else value
+    return value
+
+
+def from_torch_layout(names: Path, value: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_layout`."""
+    if _is_squeeze_excite(names):
+        return value[:, :, 0, 0].T
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def _is_squeeze_excite(names: Path) -> bool:
+    return names[-1] == "kernel" and names[-2] in ("down", "up")
