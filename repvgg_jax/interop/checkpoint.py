@@ -81,7 +81,7 @@ def find_state_dict(checkpoint: Mapping[str, Any], entry: str | None = None) -> 
     tensors, left = _collect(chosen, entries)
     if left and entry is None:
         raise ValueError(
-            f"the keys of the network begin with {chosen.prefix!r}, but {len(left)} others do not: {_quoted(left)}; "
+            f"the keys of the network begin with {chosen.prefix!r}, but not those of {_quoted(left)}; "
             f"entry={chosen.name!r} (--entry {chosen.name}) takes the network alone"
         )
     others = tuple(each.name for each in entries if each is not chosen)

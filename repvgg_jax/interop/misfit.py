@@ -15,6 +15,7 @@ from repvgg_jax.terminal import printable
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SHOWN = 6
+_CHECK = "check the variant, strides, num_classes and deploy"
 _KERNEL: dict[Layout, str] = {
     "official": r"stage(?P<stage>\d)(?P<half>_first|_second)?(\.blocks)?(\.(?P<number>\d+))?"
     r"\.(rbr_dense\.conv|rbr_reparam)\.weight",
@@ -58,7 +59,7 @@ def require_fit(
     form = "deploy" if model.deploy else "training"
     remedy = "the rest does: give its num_classes, or head='reinit' to initialise classifiers for yours"
     if not differing <= heads:
-        remedy = f"{_diagnose(model, layout, found)}check the variant, strides, num_classes and deploy"
+        remedy = _diagnose(model, layout, found) or _CHECK
     raise ValueError(
         f"the state dict ({layout} layout) does not fit this model ({form} form, {model.num_classes} classes, "
         f"depths {model.depths}, widths {model.widths}); {remedy}:\n  "
@@ -84,7 +85,7 @@ def _examples(differing: set[str], expected: Shapes, found: Shapes) -> list[str]
 
 
 def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
-    """Which published network the weights are of; nothing where that does not help."""
+    """Which published network the weights are of, and what to do; nothing where that cannot be told."""
     architecture = _architecture(layout, found)
     if architecture is None:
         return ""
@@ -97,16 +98,19 @@ def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
     if not names:
         return (
             f"no published network has depths {architecture.depths}, widths {architecture.widths} and groups "
-            f"{architecture.groups}, as the weights have; "
+            f"{architecture.groups}, as the weights have; {_CHECK}"
         )
     shapes = [found[name] for name in _CLASSIFIERS if len(found.get(name, ())) == 2]
     classes = shapes[0][0] if shapes else model.num_classes
     fitting = create_model(names[0], num_classes=max(1, classes), deploy=deploy, strides=strides)
     wanted = expected_shapes(fitting, layout, _in_channels(layout, found))
     sure = dict(wanted.values()) == dict(found)
-    told = "" if strides == (2, 2, 2, 2, 2) else f", strides {strides}"
-    classifier = f", {classes} classes" if shapes else ", no classifier"
-    return f"these {'are' if sure else 'resemble'} the weights of {names[0]} in its {form} form{classifier}{told}; "
+    classifier = f"{classes} classes" if shapes else "no classifier"
+    told = "".join(f", stride 1 in stage{stage}" for stage, stride in enumerate(strides) if stride == 1)
+    weights = f"these {'are' if sure else 'resemble'} the weights of {names[0]} in its {form} form, {classifier}{told}"
+    if architecture != _architecture_of(model):
+        return f"{weights}: give that variant"
+    return f"{weights}; {_CHECK}"
 
 
 def _architecture(layout: Layout, found: Shapes) -> Architecture | None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 import safetensors
-import safetensors.numpy
 
 from repvgg_jax.interop.checkpoint import TOP, StateDict, find_state_dict
 from repvgg_jax.interop.tensors import is_finite
@@ -157,14 +156,20 @@ def _require_finite(path: str | os.PathLike[str], tensors: Mapping[str, Any]) ->
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    tensors = {}
     try:
-        return dict(safetensors.numpy.load_file(path))
-    except OSError:
-        raise
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118
+                try:
+                    tensors[key] = file.get_tensor(key)
+                except (AttributeError, TypeError, KeyError):  # of a type that NumPy lacks
+                    kind = file.get_slice(key).get_dtype()
+                    raise ValueError(f"{path}: {key!r} holds {kind} values: expected F32, F64, F16 or BF16") from None
+    except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is not a whole safetensors file of NumPy's types ({_first_line(error)}): download or copy it again"
+            f"{path} is not a whole safetensors file ({_first_line(error)}): download or copy it again"
         ) from None
+    return tensors
 
 
 def _read_torch(path: Path) -> Any:
@@ -181,13 +186,15 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
-        reason = printable(refused[1]) if refused else _first_line(error)
+        refused = re.search(r"WeightsUnpickler error:\s*(?:.*GLOBAL (\S+)|(.*))", str(error))
+        reason = printable(refused[1] or refused[2]) if refused else _first_line(error)
         if refused and "operand" not in reason:
             raise ValueError(
                 f"{path} holds more than tensors ({reason}), and was not read, since that could run code. If you trust "
                 "who wrote it, torch.save(torch.load(PATH, weights_only=False)['state_dict'], …) keeps the tensors"
             ) from None
+        if "nested" in reason:
+            raise ValueError(f"{path} holds nested tensors: expected dense ones, of fixed shapes") from None
         raise ValueError(f"{path} is not a whole file of torch.save ({reason}): copy it again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected a state dict or a checkpoint around one")
