@@ -52,6 +52,23 @@ def test_weights_of_a_deploy_form_are_saved_as_they_are(published, tmp_path, cap
     np.testing.assert_array_equal(kernel, variables["params"]["stem"]["reparam"]["kernel"])
 
 
+@pytest.mark.parametrize(("chosen", "taken"), [([], "ema"), (["--entry", "model"], "model")])
+def test_which_weights_of_a_file_were_taken_is_printed(published, chosen, taken, tmp_path, capsys):
+    model, variables = fuse_model(*published)
+    state_dict = to_state_dict(model, variables)
+    both = {f"{entry}.{key}": value for entry in ("model", "ema") for key, value in state_dict.items()}
+    both["ema.linear.bias"] = both["ema.linear.bias"] + 1
+    safetensors.numpy.save_file(both, tmp_path / "both.safetensors")
+    output = tmp_path / "out.safetensors"
+    arguments = ["--variant", "repvgg_a0", "--output", str(output), *chosen]
+    assert fuse_command([str(tmp_path / "both.safetensors"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert f"both.safetensors: took the weights under '{taken}'" in printed
+    assert f"there are others under '{'model' if taken == 'ema' else 'ema'}'" in printed
+    bias = load_deploy(output).variables["params"]["head"]["bias"]
+    np.testing.assert_array_equal(bias, state_dict["linear.bias"] + (taken == "ema"))
+
+
 def test_checking_alone_writes_nothing(weights, tmp_path):
     assert fuse_command([str(weights), "--variant", "repvgg_a0", "--image-size", "32", "--check-only"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a0.safetensors"]
