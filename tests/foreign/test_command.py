@@ -1,0 +1,94 @@
+"""The table of networks, the recipes for users, and what importing Keras leaves behind."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import foreign
+from examples import other_libraries
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_command_prints_a_row_for_each_network_and_names_what_is_missing(capsys, monkeypatch):
+    def absent(name, side):
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def tiny(name, side):
+        from flax import nnx
+
+        module = nnx.Sequential(
+            nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)),
+            nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
+        )
+        return other_libraries.from_nnx(module)
+
+    monkeypatch.setattr(foreign, "LIBRARIES", {"nnx": (tiny, ("Tiny",)), "absent": (absent, ("Net",))})
+    foreign.main(["--side", "8"])
+    *_, header, rule, first, second = capsys.readouterr().out.strip().splitlines()
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert len(cells) == header.count("|") - 1 == rule.count("|") - 1
+    assert cells[:4] == ["nnx", "Tiny", "1 → 1", "1 → 0"]
+    assert float(cells[5]) < 1e-6
+    assert "not run: No module named 'absent': pip install -e \".[foreign]\"" in second
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_error_of_a_wrong_merge_is_seen(monkeypatch):
+    reparameterize = foreign.reparameterize
+
+    def wrong(*arguments, **options):
+        fused = reparameterize(*arguments, **options)
+        fused.params = jax.tree.map(lambda leaf: leaf * 1.001, fused.params)
+        return fused
+
+    monkeypatch.setattr(foreign, "reparameterize", wrong)
+    assert foreign.measure("nnx", "ResNet18", side=32).error > 1e-3
+
+
+def test_importing_keras_changes_no_environment_and_no_home(require, tmp_path):
+    require("keras")
+    code = """if True:
+        import os
+        before = dict(os.environ)
+        from benchmarks.foreign import import_keras
+        assert import_keras().backend.backend() == "jax"
+        assert dict(os.environ) == before
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KERAS")}
+    environment["HOME"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    assert not (tmp_path / ".keras").exists()
+
+
+@pytest.fixture
+def keras(require, monkeypatch):
+    require("keras")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # restored, whatever sets it
+    return foreign.import_keras()
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_keras_recipe_of_the_documentation_runs(keras):
+    page = (ROOT / "docs" / "reparameterize.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "keras" in block]
+    exec(compile(block, "reparameterize.md", "exec"), {})
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_example_prints_what_was_merged_and_the_difference(keras, capsys, monkeypatch):
+    def tiny(weights, input_shape):
+        layers = keras.layers
+        return keras.Sequential([keras.Input(input_shape), layers.Conv2D(4, 3), layers.BatchNormalization()])
+
+    monkeypatch.setattr(keras.applications, "MobileNetV2", tiny)
+    other_libraries.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"convolutions +1 +1", printed)
+    assert float(re.search(r"difference: (\S+) of", printed)[1]) < 1e-5
