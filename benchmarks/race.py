@@ -2,7 +2,7 @@
 
 A competitor's process reads requests as JSON lines and answers each with one line: `prepare` builds and compiles a
 case, `run` times calls of it. On a CPU a process is stopped while it is not asked: thread pools that spin between calls
-would take the others' cores.
+would take the others' cores. A process that does not answer in time is ended, and its case reported as 'over N s'.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,10 @@ PEERS = {
     "onnxruntime": "benchmarks.onnx_peer",
     "openvino": "benchmarks.onnx_peer",
 }
+# In which orders a module can keep images on a CPU; each is tried, and the fastest races.
+LAYOUTS = {"benchmarks.torch_peer": ("channels last", "contiguous")}
+
+START = 120.0  # seconds in which a process must be up
 
 
 class Case(NamedTuple):
@@ -57,12 +62,17 @@ class Case(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Seconds per call of one competitor, turn by turn; empty, with the reason, where it could not run."""
+    """Seconds per call of one competitor, turn by turn; empty, with the reason, where it could not run.
+
+    Attributes:
+        layout: in which it ran, where it could choose, and what the others would not end in time.
+    """
 
     case: Case
     seconds: tuple[float, ...]
     compile_seconds: float = 0.0
     error: str = ""
+    layout: str = ""
 
     @property
     def images_per_second(self) -> float:
@@ -91,16 +101,26 @@ class _Worker:
             env={"GLIBC_TUNABLES": HUGE_PAGES, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
         )
 
-    def ask(self, **request: object) -> dict:
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def ask(self, limit: float, **request: object) -> dict:
+        """Return the answer; after `limit` seconds without one the process is killed, and that is the answer."""
         if self.stopped:
             self.process.send_signal(signal.SIGCONT)
+        late = threading.Event()
+        timer = threading.Timer(limit, lambda: (late.set(), self.process.kill()))
+        timer.start()
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            return {"error": f"the process ended with status {self.process.wait()}"}
+            status = self.process.wait()
+            return {"error": f"over {limit:g} s" if late.is_set() else f"the process ended with status {status}"}
         finally:
+            timer.cancel()
             if self.stopped:
                 self.process.send_signal(signal.SIGSTOP)
 
@@ -117,10 +137,11 @@ class Race:
 
     Args:
         on_gpu: prepare those of different processes side by side, and stop none while another runs.
+        limit: seconds that preparing a case (building, compiling, three calls) or a turn may take.
     """
 
-    def __init__(self, on_gpu: bool):
-        self.on_gpu = on_gpu
+    def __init__(self, on_gpu: bool, limit: float = 120.0):
+        self.on_gpu, self.limit = on_gpu, limit
         self._workers: dict[str, _Worker] = {}
 
     def __enter__(self) -> "Race":
@@ -133,31 +154,73 @@ class Race:
     def run(self, cases: list[Case], turns: int = 5, seconds: float = 0.3) -> list[Time]:
         """Prepares all cases, then lets them take turns of about `seconds` each."""
         modules = list(dict.fromkeys(PEERS[case.peer] for case in cases))
-        for module in modules:
-            if module in self._workers and self._workers[module].process.poll() is not None:
-                self._workers.pop(module).close()
-            if module not in self._workers:
-                self._workers[module] = _Worker(module, stopped=not self.on_gpu)
-
-        def prepare(module: str) -> list[dict]:
-            worker = self._workers[module]
-            worker.ask(forget=True)
-            return [worker.ask(prepare=case._asdict()) for case in cases if PEERS[case.peer] == module]
-
         with ThreadPoolExecutor(len(modules) if self.on_gpu else 1) as pool:
-            answers = {module: iter(found) for module, found in zip(modules, pool.map(prepare, modules), strict=True)}
-        prepared = [next(answers[PEERS[case.peer]]) for case in cases]
-        measured: list[list[float]] = [[] for _ in cases]
+            mine = [[case for case in cases if PEERS[case.peer] == module] for module in modules]
+            prepared = {}
+            for answers in pool.map(self._prepare, modules, mine):
+                prepared.update(answers)
+        measured: dict[Case, list[float]] = {case: [] for case in cases}
         for _ in range(turns):
-            for case, answer, times in zip(cases, prepared, measured, strict=True):
+            for case in cases:
+                answer, module = prepared[case], PEERS[case.peer]
                 if "error" not in answer:
-                    turn = self._workers[PEERS[case.peer]].ask(run=case._asdict(), seconds=seconds)
+                    turn = self._ask(module, run=answer["request"], seconds=seconds)
                     answer.update(turn)
-                    times.append(turn.get("seconds", float("nan")))
+                    measured[case].append(turn.get("seconds", float("nan")))
+                    self._restore(module, [prepared[one] for one in cases if PEERS[one.peer] == module])
         return [
-            Time(case, () if "error" in answer else tuple(times), answer.get("compile", 0.0), answer.get("error", ""))
-            for case, answer, times in zip(cases, prepared, measured, strict=True)
+            Time(
+                case,
+                () if "error" in prepared[case] else tuple(measured[case]),
+                prepared[case].get("compile", 0.0),
+                prepared[case].get("error", ""),
+                prepared[case].get("layout", ""),
+            )
+            for case in cases
         ]
+
+    def _ask(self, module: str, **request: object) -> dict:
+        """Ask the process of a module; one that is not there, or has ended, is started."""
+        if module in self._workers and self._workers[module].ended:
+            self._workers.pop(module).close()
+        if module not in self._workers:
+            self._workers[module] = _Worker(module, stopped=not self.on_gpu)
+            self._workers[module].ask(START, forget=True)  # imports are not the competitor's
+        return self._workers[module].ask(self.limit, **request)
+
+    def _prepare(self, module: str, cases: list[Case]) -> dict[Case, dict]:
+        """Prepare the cases of one module, each in the layout that is fastest."""
+        self._ask(module, forget=True)
+        layouts = LAYOUTS.get(module, ("",))[: 1 if self.on_gpu else None]
+        best: dict[Case, dict] = {}
+        for case in cases:
+            tried = []
+            for layout in layouts:
+                request = {"case": case._asdict(), "layout": layout}
+                tried.append({"request": request, **self._ask(module, prepare=request)})
+                self._restore(module, [*best.values(), *tried])
+            best[case] = _fastest(tried)
+        return best
+
+    def _restore(self, module: str, answers: list[dict]) -> None:
+        """Prepare again what went with the process of a module, if that has ended."""
+        if self._workers[module].ended:
+            for answer in answers:
+                if "error" not in answer:
+                    answer.update(self._ask(module, prepare=answer["request"]))
+
+
+def _fastest(tried: list[dict]) -> dict:
+    """The answer of the fastest layout, with what became of the others; or one error for all."""
+    errors = {answer["request"]["layout"]: answer["error"] for answer in tried if "error" in answer}
+    told = [f"{layout} {error}".strip() for layout, error in errors.items()]
+    ran = [answer for answer in tried if "error" not in answer]
+    if not ran:
+        same = len(set(errors.values())) == 1
+        return {"error": next(iter(errors.values())) if same else "; ".join(told)}
+    fastest = min(ran, key=lambda answer: answer["call"])
+    others = f" ({'; '.join(told)})" if told else ""
+    return {**fastest, "layout": fastest["request"]["layout"] + others}
 
 
 def _serve(module: str) -> None:
@@ -172,12 +235,7 @@ def _serve(module: str) -> None:
                 built.clear()
                 answer = {}
             elif "prepare" in request:
-                case = Case(**{**request["prepare"], "strides": tuple(request["prepare"]["strides"])})
-                start = time.perf_counter()
-                calls = importlib.import_module(module).build(case)
-                calls(1)
-                answer = {"compile": time.perf_counter() - start}
-                calls(2)
+                calls, answer = _prepare(module, **request["prepare"])
                 built[json.dumps(request["prepare"])] = calls
             else:
                 answer = {"seconds": _time(built[json.dumps(request["run"])], request["seconds"])}
@@ -187,6 +245,17 @@ def _serve(module: str) -> None:
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
         replies.write(json.dumps(answer) + "\n")
         replies.flush()
+
+
+def _prepare(module: str, case: dict, layout: str) -> tuple[Callable[[int], None], dict]:
+    """Build and compile a case: what runs it, and the seconds of that and of one call."""
+    options = {"layout": layout} if layout else {}
+    start = time.perf_counter()
+    calls = importlib.import_module(module).build(Case(**{**case, "strides": tuple(case["strides"])}), **options)
+    calls(1)
+    compiled = time.perf_counter()
+    calls(2)
+    return calls, {"compile": compiled - start, "call": (time.perf_counter() - compiled) / 2}
 
 
 def _time(calls: Callable[[int], None], seconds: float) -> float:

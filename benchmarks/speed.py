@@ -9,7 +9,8 @@ Suites, by default those for the device at hand:
 
 Prints one table per suite and, with `--out DIR`, writes `speed.json`, `speed.md` and `speed.png` there. Every figure is
 a median over turns that the competitors take in their own processes; a ratio is the median of the ratios within a turn.
-Peers that are not installed are named as such.
+Peers that are not installed are named as such. On a CPU PyTorch races in the faster of its two layouts. What is not
+prepared, or does not end its turn, within `--limit` seconds is reported as "over N s".
 """
 
 import argparse
@@ -90,8 +91,11 @@ def row(subject: Time, other: Time) -> list[str]:
     name = other.case.peer
     if other.case._replace(peer=subject.case.peer) != subject.case:
         name += f", {other.case.network} {other.case.form}"
+    if other.layout:
+        name += f", {other.layout}"
     if not other.seconds:
-        return [label(subject.case), name, "-", "-", f"not run: {other.error}"[:80]]
+        late = other.error.startswith("over ")
+        return [label(subject.case), name, "-", "-", other.error if late else f"not run: {other.error}"[:80]]
     milliseconds = 1e3 * float(np.median(other.seconds))
     relative = f"{ratio(subject, other):.2f}×" if subject.seconds else "-"
     return [
@@ -177,6 +181,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no contest after so long")
+    parser.add_argument("--limit", type=float, default=120, help="seconds to prepare one competitor, or for its turn")
     parser.add_argument("--out", type=Path, help="directory for speed.json, speed.md and speed.png")
     options = parser.parse_args()
     begin = time.monotonic()
@@ -189,7 +194,7 @@ def main() -> None:
         parser.error(f"unknown suite {unknown[0]!r}: expected {', '.join(known)}")
     names = options.suite or [name for name in known if on_gpu or name != "variants"]
     results: dict[str, list[list[Time]]] = {}
-    with Race(on_gpu) as race:
+    with Race(on_gpu, options.limit) as race:
         for name in names:
             for contest in known[name]:
                 if options.peers is not None:

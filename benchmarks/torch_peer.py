@@ -1,4 +1,6 @@
-"""PyTorch on the device at hand: eager, compiled, and compiled with `max-autotune`; channels last throughout.
+"""PyTorch on the device at hand: eager, compiled, and compiled with `max-autotune`.
+
+Channels last on a GPU; on a CPU in whichever layout is faster there.
 
 RepVGG is `benchmarks.torch_repvgg`; ResNets are timm's, where timm is installed.
 """
@@ -18,6 +20,7 @@ torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
 torch.backends.cudnn.allow_tf32 = True
 if DEVICE == "cpu":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 # CUDA graphs for "pytorch-compile"; nothing to capture on a CPU.
 MODES = {"pytorch-compile": "reduce-overhead" if DEVICE == "cuda" else "default", "pytorch-autotune": "max-autotune"}
 
@@ -38,12 +41,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def build(case: Case) -> Callable[[int], None]:
-    """A function that runs the case so many times, and waits."""
+def build(case: Case, layout: str) -> Callable[[int], None]:
+    """A function that runs the case so many times, in a key of `LAYOUTS`, and waits."""
     torch._dynamo.reset()
-    half = case.dtype == "bfloat16"
-    module = network(case).to(DEVICE, memory_format=torch.channels_last)
-    images = torch.randn(case.batch, 3, case.size, case.size, device=DEVICE).to(memory_format=torch.channels_last)
+    half, order = case.dtype == "bfloat16", LAYOUTS[layout]
+    module = network(case).to(DEVICE, memory_format=order)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=DEVICE).to(memory_format=order)
     if case.form == "step":
         return _steps(case, module, images, half)
     module.eval()
