@@ -12,7 +12,7 @@ from benchmarks import foreign
 QUICK = {
     ("keras", "MobileNetV2"): ((52, 52), (52, 0)),
     ("kimm", "RepVGGA0"): ((44, 22), (62, 1)),
-    ("haiku", "ResNet50 v1"): ((53, 53), (53, 0)),
+    ("haiku", "ResNet18 v1"): ((20, 20), (20, 0)),
     ("equinox", "ResNet18"): ((20, 20), (40, 0)),
     ("flaxmodels", "ResNet18"): ((20, 20), (21, 1)),
     ("nnx", "ResNet18"): ((20, 20), (20, 0)),
@@ -26,18 +26,22 @@ SLOW = {
     ("keras", "MobileNet"): ((28, 28), (27, 0)),
     ("keras", "MobileNetV3Small"): ((54, 53), (34, 0)),
     ("kimm", "MobileOneS0"): ((191, 43), (227, 1)),
+    ("haiku", "ResNet50 v1"): ((53, 53), (53, 0)),
     ("haiku", "ResNet50 v2"): ((53, 53), (49, 17)),
     ("flaxmodels", "ResNet50"): ((53, 53), (54, 1)),
 }
 MODULES = {"nnx": "flax"}
-SLOW_NETWORKS = [pytest.param(*network, marks=pytest.mark.slow) for network in SLOW]
+# Equinox computes one image at a time, under vmap, whose reshapes around each convolution end what is affine in it.
+UNMERGED = {("equinox", "ResNet18"): [pytest.mark.xfail(strict=True, reason="reshapes of vmap end the fold")]}
+MARKS = UNMERGED | {network: [pytest.mark.slow] for network in SLOW}
+NETWORKS = [pytest.param(*network, marks=MARKS.get(network, ())) for network in QUICK | SLOW]
 
 
 @pytest.mark.usefixtures("float32")
-@pytest.mark.parametrize(("library", "name"), [*QUICK, *SLOW_NETWORKS])
+@pytest.mark.parametrize(("library", "name"), NETWORKS)
 def test_a_network_of_another_library_is_merged_and_computes_the_same(library, name, require):
     require(MODULES.get(library, library))
-    found = foreign.measure(library, name, side=72 if name == "Xception" else 64)
+    found = foreign.measure(library, name, side=72 if name == "Xception" else 40)
     convolutions, scales = (QUICK | SLOW)[library, name]
     assert found.convolutions == convolutions
     assert (found.before.scales, found.after.scales) == scales
