@@ -2,14 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from benchmarks.batch_norms import channel_arithmetic
 from repvgg_jax import reparameterize
 
-IMAGES = jnp.ones((2, 6, 6, 3))
-WEIGHTS = {"kernel": jnp.ones((3, 3, 3, 4)), "scale": jnp.arange(1.0, 5.0), "shift": jnp.ones(4)}
+IMAGES = np.ones((2, 6, 6, 3), np.float32)
+WEIGHTS = {
+    "kernel": np.ones((3, 3, 3, 4), np.float32),
+    "scale": np.arange(1, 5, dtype=np.float32),
+    "shift": np.ones(4, np.float32),
+}
 
 
 def convolved(v, x):
