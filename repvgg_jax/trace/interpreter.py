@@ -15,6 +15,7 @@ from jax.extend import core
 
 from repvgg_jax.trace.affine import Affine
 from repvgg_jax.trace.constants import Constant, bind, can_evaluate, evaluate, is_key
+from repvgg_jax.trace.detours import without_detours
 from repvgg_jax.trace.emitter import Emitter, Group
 from repvgg_jax.trace.program import Program
 from repvgg_jax.trace.rules import RULES, STRETCHING, Value
@@ -80,6 +81,7 @@ class Interpreter:
 
     def _run(self, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value], scope: str) -> list[Value]:
         """Read the equations of a jaxpr that stands in a scope of names."""
+        jaxpr = without_detours(jaxpr)
         environment: dict[Any, Value] = {}
         uses = Counter(v for e in jaxpr.eqns for v in e.invars if not isinstance(v, core.Literal))
         uses.update(v for v in jaxpr.outvars if not isinstance(v, core.Literal))

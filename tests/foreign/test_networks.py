@@ -31,9 +31,7 @@ SLOW = {
     ("flaxmodels", "ResNet50"): ((53, 53), (54, 1)),
 }
 MODULES = {"nnx": "flax"}
-# Equinox computes one image at a time, under vmap, whose reshapes around each convolution end what is affine in it.
-UNMERGED = {("equinox", "ResNet18"): [pytest.mark.xfail(strict=True, reason="reshapes of vmap end the fold")]}
-MARKS = UNMERGED | {network: [pytest.mark.slow] for network in SLOW}
+MARKS = {network: [pytest.mark.slow] for network in SLOW}
 NETWORKS = [pytest.param(*network, marks=MARKS.get(network, ())) for network in QUICK | SLOW]
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from repvgg_jax import create_model
 from repvgg_jax.trace import reparameterize
@@ -189,3 +190,17 @@ def test_a_merge_of_crops_crops_as_much_and_a_crop_after_a_convolution_is_kept()
     _, after = compare(shifted, v, (2, 8, 9, 3), any_size=True)
     assert after["conv_general_dilated"] == 1
     compare(lambda v, x: convolve(convolve(x, v["kernel"]), v["point"], zeros(-1, -2)), v, (2, 8, 9, 3), any_size=True)
+
+
+def test_axes_of_size_one_that_vmap_adds_and_takes_are_no_end_of_an_affine_value():
+    def one(v, image):
+        y = lax.conv(image[None], v["kernel"], (1, 1), "SAME")[0]
+        return jax.nn.relu((y - v["mean"][:, None, None]) * v["scale"][:, None, None] + image)
+
+    rng = np.random.default_rng(0)
+    v = {"kernel": rng.normal(size=(3, 3, 3, 3)), "mean": rng.normal(size=3), "scale": rng.uniform(0.5, 1.5, 3)}
+    _, after = compare(lambda v, x: jax.vmap(lambda image: one(v, image))(x), v, (2, 3, 6, 7))
+    assert (after["conv_general_dilated"], after["mul"], after["sub"], after["add"]) == (1, 0, 0, 1)
+    # An axis of size one that stays elsewhere is no detour.
+    moved = lambda v, x: jax.nn.relu(lax.conv(x, v["kernel"], (1, 1), "SAME")[:, None] * v["scale"][0])  # noqa: E731
+    compare(moved, v, (2, 3, 6, 7))
