@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
+import stat
+import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from repvgg_jax.terminal import printable
+
+# The largest file, picture and elongation that are read.
+MAX_BYTES = 512 * 2**20
+MAX_PIXELS = 178_956_970  # Pillow's own limit
+MAX_RATIO = 1000
+
+# Up to here an image is resized whole, to the last bit as by torchvision; beyond, as much of it as is shown.
+_ORDINARY_RATIO = 4
+# Some of Pillow's other formats run programs. It knows the later ones of these where its build or version does.
+Image.init()
+_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+)
+# What turns a picture upright, by its EXIF orientation; the others stand upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Large pictures and damaged metadata: what matters of it is an error here, and the rest would be printed for every
+# image. A filter for good, since one for the time of a call is not safe beside other threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> np.ndarray:
-    """Decodes an image.
+    """Decodes an image and turns it upright, as its EXIF orientation says.
 
-    Palettes, alpha, CMYK and 16-bit grey are converted: alpha is dropped and 16 bits keep their upper 8.
-    EXIF orientation is ignored, as torchvision and TensorFlow do.
+    Palettes, alpha, CMYK and 16 bits per channel are converted: alpha is dropped and 16 bits keep their upper 8. Of
+    several pictures in one file (animations, pages) the first is taken. Files end after at most 512 MiB, pictures
+    have at most 178,956,970 pixels, and no side is longer than 1000 times the other.
 
     Args:
       path_or_bytes: an image file, or its encoded content.
@@ -24,23 +56,34 @@ def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> 
       uint8 `(H, W, channels)`.
 
     Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: not an image that Pillow can decode; the message names the file.
+      OSError: the file does not exist, may not be read, or is none (a directory, a pipe, a device).
+      ValueError: not an image that Pillow can decode, one beyond the limits, or one whose values have no known black
+        and white (floating point, 32-bit integers); the message names the file.
+      MemoryError: there is not enough memory for it; the message names the file.
     """
+    mode = _mode(channels)
     if isinstance(path_or_bytes, bytes):
         encoded, name = path_or_bytes, f"{len(path_or_bytes)} bytes"
     else:
-        encoded, name = Path(path_or_bytes).read_bytes(), str(path_or_bytes)
-    mode = _mode(channels)
+        name = printable(os.fspath(path_or_bytes))
+        encoded = _read_file(path_or_bytes, name)
     try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            array = np.asarray(_convert(opened, mode))
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as opened:
+            refusal = _refusal(opened)
+            if refusal is None:
+                array = np.asarray(_upright(opened, mode))
+    except MemoryError as error:
+        raise MemoryError(f"{name}: there is not enough memory to decode it") from error
+    except Image.DecompressionBombError:
+        refusal = f"it has more than {MAX_PIXELS:,} pixels, the most that are read; make it smaller"
     # Broken files raise OSError, SyntaxError, ValueError, struct.error and more, depending on the format.
     except Exception as error:
         raise ValueError(
-            f"{name}: cannot be decoded as an image ({type(error).__name__}: {error}); "
+            f"{name}: cannot be decoded as an image ({_explain(error)}); "
             "replace or remove it (JPEG, PNG, WebP and BMP are supported)"
         ) from error
+    if refusal is not None:
+        raise ValueError(f"{name}: {refusal}")
     return array.reshape(*array.shape[:2], channels)
 
 
@@ -71,22 +114,30 @@ def fit(image: np.ndarray, image_size: int, resize: int | None = None, interpola
     if shorter < image_size:
         raise ValueError(f"resize (={shorter}) must be at least image_size (={image_size})")
     height, width = image.shape[:2]
-    if min(height, width) != shorter:
-        # The longer side is rounded down, and the offset to the nearest even, as in torchvision.
-        height, width = (
-            (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
-        )
-        image = resize_image(image, (height, width), interpolation=interpolation)
-    if (height, width) == (image_size, image_size):
-        return image
-    top, left = round((height - image_size) / 2), round((width - image_size) / 2)
-    return image[top : top + image_size, left : left + image_size]
+    # The longer side is rounded down, and the offset to the nearest even, as in torchvision.
+    new_height, new_width = (
+        (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
+    )
+    top, left = round((new_height - image_size) / 2), round((new_width - image_size) / 2)
+    if min(height, width) == shorter:
+        if (height, width) == (image_size, image_size):
+            return image
+        return image[top : top + image_size, left : left + image_size]
+    if max(new_height, new_width) <= _ORDINARY_RATIO * shorter:
+        resized = resize_image(image, (new_height, new_width), interpolation=interpolation)
+        return resized[top : top + image_size, left : left + image_size]
+    # Only what the crop shows: all of an elongated image could be large without bound.
+    (x0, x1), (y0, y1) = (
+        (start * old / new, (start + image_size) * old / new)
+        for start, old, new in ((left, width, new_width), (top, height, new_height))
+    )
+    return resize_image(image, (image_size, image_size), (x0, y0, x1, y1), interpolation)
 
 
 def resize_image(
     image: np.ndarray,
     size: tuple[int, int],
-    box: tuple[int, int, int, int] | None = None,
+    box: tuple[float, float, float, float] | None = None,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
     """Resizes uint8 `(H, W, C)`, or its `box` (left, top, right, bottom), to `size` (height, width)."""
@@ -104,11 +155,74 @@ def _to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def _read_file(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a path that no system could have, e.g. with a zero byte
+        raise ValueError(f"{name}: is no path ({error})") from error
+    # Pipes and devices may never end, and waiting for one would stop everything.
+    if not stat.S_ISREG(status.st_mode):
+        found = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file (a pipe, a socket or a device)"
+        raise OSError(f"{name}: is {found}; expected an image file")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{name}: it has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+    with open(path, "rb") as file:
+        # No more than its size: what the system makes up while it is read has none, and may not end.
+        return file.read(status.st_size)
+
+
+def _refusal(image: Image.Image) -> str | None:
+    """Why an image that Pillow has opened is not decoded, or None."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        return f"it has {width} × {height} pixels; at most {MAX_PIXELS:,} are read; make it smaller"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return f"it has {width} × {height} pixels; one side may be at most {MAX_RATIO} times the other; crop it"
+    if _has_known_range(image):
+        return None
+    return (
+        f"its values are of another kind than 8 or 16 bits from black to white (Pillow's mode {image.mode}); "
+        "convert it to 8 bits per channel"
+    )
+
+
+def _has_known_range(image: Image.Image) -> bool:
+    if image.mode == "F":
+        return False
+    if image.format == "TIFF" and image.mode.startswith("I"):
+        # Pillow gives 12 bits, signed values and those that begin at white as they are, as if of 16 bits.
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, white_is_zero = (
+            tags.get(ExifTags.Base.BitsPerSample),
+            not tags.get(ExifTags.Base.PhotometricInterpretation),
+        )
+        return image.mode != "I" and bits == (16,) and not white_is_zero
+    return True
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    # TIFF is turned by Pillow while it loads, and then has no orientation any more.
+    image.load()
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # Damaged metadata raise whatever they like, and leave the picture as it is.
+    except Exception:
+        turn = None
+    converted = _convert(image, mode)
+    return converted if turn is None else converted.transpose(turn)
+
+
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        # Pillow warns unless transparent palettes go through RGBA.
-        image = image.convert("RGBA")
+    elif image.mode in ("PA", "La", "RGBa") or (image.mode == "P" and "transparency" in image.info):
+        # Pillow warns unless transparent palettes go through RGBA, and knows no other way from the rest.
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     return image.convert(mode)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no known image format"  # Pillow's message shows an object's address
+    return printable(f"{type(error).__name__}: {error}")
