@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "trace": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "data": {"terminal"},
-    "interop": {"reparam", "ops", "models", "terminal", "version"},
-    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "terminal"},
+    "interop": {"reparam", "ops", "models", "files", "terminal", "version"},
+    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "files", "terminal"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
 

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from repvgg_jax.interop.exportable import OPSET, OPSETS, require_exportable, require_opset
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.repvgg import BlockSetting
+from repvgg_jax.terminal import printable
 
 try:
     import onnx
@@ -19,8 +21,7 @@ try:
 except ImportError as missing:
     raise ImportError('ONNX files need the extra [onnx]: pip install -e ".[onnx]"') from missing
 
-# What ONNX Runtime 1.13 (2022) and everything since can read.
-OPSET, IR_VERSION = 17, 8
+__all__ = ["OPSET", "OPSETS", "load_onnx", "require_runtime", "to_onnx"]
 
 
 def to_onnx(
@@ -31,8 +32,9 @@ def to_onnx(
     image_size: int | None = None,
     layout: Literal["NCHW", "NHWC"] = "NCHW",
     preprocess: Preprocess | None = None,
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
-    """Build the ONNX graph of a deploy form, in float32, of opset 17.
+    """Build the ONNX graph of a deploy form, in float32.
 
     Args:
       model: in its deploy form.
@@ -42,13 +44,16 @@ def to_onnx(
       layout: of the images. NHWC costs one Transpose.
       preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
         Otherwise images are normalised float32, and results logits.
+      opset: version of the operators, from 11 (2019) to 21 (2024). The file says the oldest IR version that has it,
+        so that every runtime of the opset reads it: 17 is for ONNX Runtime 1.13 and everything since.
 
     Returns:
       The model; `onnx.save` writes it. Its input is `images`, its output `logits` or `probabilities`, float32
-      `(batch, num_classes)`.
+      `(batch, num_classes)`. With `preprocess`, its metadata hold `class_names`, one a line.
 
     Raises:
-      ValueError: the model is in its training form.
+      ValueError: the model is in its training form, `opset` or `layout` is another, a size is less than 1,
+        `preprocess` is that of another network, or the weights take 2 GiB, which no ONNX file holds.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -59,8 +64,10 @@ def to_onnx(
       >>> [node.op_type for node in to_onnx(model, variables).graph.node][:4]  # doctest: +SKIP
       ['Conv', 'Relu', 'Conv', 'Relu']
     """
-    if not model.deploy:
-        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    require_opset(opset)
+    if layout not in ("NCHW", "NHWC"):
+        raise ValueError(f"layout is {layout!r}: expected 'NCHW' or 'NHWC'")
+    channels = require_exportable(model, variables, batch_size=batch_size, image_size=image_size, preprocess=preprocess)
     params = variables["params"]
     graph = _Graph()
     last = "images"
@@ -81,13 +88,13 @@ def to_onnx(
     last = graph.add("Gemm", [last, *weights])
     output = "logits"
     if preprocess is not None:
-        output, last = "probabilities", graph.add("Softmax", [last], axis=-1)
+        output, last = "probabilities", graph.add("Softmax", [last], axis=1)
     graph.nodes[-1].output[0] = output
-    channels = params["stem"]["reparam"]["kernel"].shape[2]
     sides: list[Any] = ["height", "width"] if image_size is None else [image_size, image_size]
     batch: Any = "batch" if batch_size is None else batch_size
     shape = [batch, channels, *sides] if layout == "NCHW" else [batch, *sides, channels]
     dtype = TensorProto.FLOAT if preprocess is None else TensorProto.UINT8
+    imports = [helper.make_opsetid("", opset)]
     built = helper.make_model(
         helper.make_graph(
             graph.nodes,
@@ -96,12 +103,12 @@ def to_onnx(
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, model.num_classes])],
             graph.weights,
         ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=imports,
+        ir_version=helper.find_min_ir_version_for(imports),
         producer_name="repvgg_jax",
     )
     if preprocess is not None:
-        helper.set_model_props(built, {"class_names": "\n".join(preprocess.class_names)})
+        helper.set_model_props(built, {"class_names": "\n".join(map(printable, preprocess.class_names))})
     onnx.checker.check_model(built)
     return built
 
@@ -113,18 +120,34 @@ def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray
       A function from images to logits, or from pixels to probabilities, in the layout of the graph.
 
     Raises:
+      FileNotFoundError: there is no such file.
       ImportError: onnxruntime is missing.
+      ValueError: ONNX Runtime does not read it: it is damaged, no such file, or too new for this version.
     """
+    require_runtime()
+    import onnxruntime
+
+    data = Path(path).read_bytes()
     try:
-        import onnxruntime
-    except ImportError as missing:
-        raise ImportError('ONNX Runtime needs the extra [onnx]: pip install -e ".[onnx]"') from missing
-    session = onnxruntime.InferenceSession(Path(path).read_bytes(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} does not read {path} ({error}): write or copy it again; a smaller "
+            "opset suits older versions"
+        ) from None
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {"images": images})[0]
 
     return run
+
+
+def require_runtime() -> None:
+    """Raise an ImportError where there is no ONNX Runtime, with the command that installs it."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as missing:
+        raise ImportError('ONNX Runtime needs the extra [onnx]: pip install -e ".[onnx]"') from missing
 
 
 class _Graph:

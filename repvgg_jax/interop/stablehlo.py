@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from repvgg_jax.interop.exportable import require_exportable
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -44,11 +46,12 @@ def to_stablehlo(
       What `jax.export.Exported.serialize` returns, as bytes. Images are `(batch, height, width, channels)`.
 
     Raises:
-      ValueError: the model is in its training form.
+      ValueError: the model is in its training form, a size is less than 1, `preprocess` is that of another network,
+        or the weights take 2 GiB, which no such file holds.
       ImportError: flatbuffers is missing.
     """
-    if not model.deploy:
-        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    require_serializer()
+    channels = require_exportable(model, variables, batch_size=batch_size, image_size=image_size, preprocess=preprocess)
     # The lowerings of `ops` suit one platform each; the plain convolution is what all of them know.
     plain = model.clone(ops="xla", dtype=None)
     constants = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(variables))
@@ -62,12 +65,16 @@ def to_stablehlo(
 
     batch = "batch" if batch_size is None else str(batch_size)
     sides = ("height, width") if image_size is None else f"{image_size}, {image_size}"
-    channels = constants["params"]["stem"]["reparam"]["kernel"].shape[2]
     shape = export.symbolic_shape(f"{batch}, {sides}, {channels}")
     dtype = jnp.float32 if preprocess is None else jnp.uint8
     exported = export.export(jax.jit(forward), platforms=platforms)(jax.ShapeDtypeStruct(shape, dtype))
+    return bytes(exported.serialize())
+
+
+def require_serializer() -> None:
+    """Raise an ImportError where there is no flatbuffers, with the command that installs it."""
     try:
-        return bytes(exported.serialize())
+        import flatbuffers  # noqa: F401
     except ImportError as missing:
         raise ImportError('StableHLO files need the extra [stablehlo]: pip install -e ".[stablehlo]"') from missing
 
@@ -80,11 +87,14 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
 
     Raises:
       FileNotFoundError: there is no such file.
+      ImportError: flatbuffers is missing.
       ValueError: it is damaged, or no such file.
     """
+    require_serializer()
     data = Path(path).read_bytes()
     try:
         exported = export.deserialize(bytearray(data))
     except Exception as error:  # flatbuffers raises what it stumbles over
         raise ValueError(f"{path} is not a whole file of to_stablehlo ({error!r}): write or copy it again") from None
-    return jax.jit(exported.call)
+    platform = jax.local_devices()[0].platform
+    return jax.jit(exported.call, compiler_options=compiler_options(platform))

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.onnx import load_onnx, to_onnx
+from repvgg_jax.interop.onnx import OPSETS, load_onnx, to_onnx
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.reparam import EquivalenceError, agreement
 from tests.random_variables import random_images, random_variables
@@ -83,6 +83,57 @@ def test_the_graph_holds_one_convolution_a_block_and_nothing_else():
     onnx.checker.check_model(graph, full_check=True)
 
 
-def test_a_training_form_is_refused():
-    with pytest.raises(ValueError, match="fuse first"):
-        to_onnx(create_model("repvgg_a0", num_classes=3), {})
+# Runtimes of the release of ONNX that brought an opset read this IR version, https://onnx.ai (docs/Versioning.md).
+IR_VERSIONS = {11: 6, 12: 7, 13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10}
+
+
+@pytest.fixture(scope="module", params=["repvgg_a0", "repvggplus_l2pse"])
+def small(request):
+    model = create_model(request.param, num_classes=7, depths=(1, 1, 2, 1), width_multiplier=(0.125,) * 4)
+    model, variables = fuse_model(model, random_variables(model, dtype=np.float32))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    preprocess = Preprocess(32, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, tuple("abcdefg"))
+    images = ((pixels / 255 - preprocess.mean) / preprocess.std).astype(np.float32)
+    return model, variables, preprocess, pixels, images, apply(model, variables, images)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("opset", OPSETS)
+def test_every_opset_computes_the_same(small, opset, layout):
+    model, variables, preprocess, pixels, images, logits = small
+    for baked, inputs, expected in ((None, images, logits), (preprocess, pixels, np.asarray(jax.nn.softmax(logits)))):
+        graph = to_onnx(model, variables, opset=opset, layout=layout, preprocess=baked)
+        onnx.checker.check_model(graph, full_check=True)
+        assert [(each.domain, each.version) for each in graph.opset_import] == [("", opset)]
+        assert graph.ir_version == IR_VERSIONS[opset]
+        found = run(graph, inputs if layout == "NHWC" else inputs.transpose(0, 3, 1, 2))
+        agreement(expected, found).require(1e-5)
+        with pytest.raises(EquivalenceError):
+            agreement(expected, found[::-1]).require(1e-3)
+
+
+def test_without_a_word_the_opset_is_17():
+    assert to_onnx(*deployed()).opset_import[0].version == 17
+    assert (OPSETS[0], OPSETS[-1]) == (11, 21)
+
+
+@pytest.mark.parametrize("opset", [10, 22, 0, -1, 17.0, True, "17", None])
+def test_another_opset_is_refused_with_the_range(opset):
+    with pytest.raises(ValueError, match=f"opset is {opset!r}: expected a whole number from 11 to 21"):
+        to_onnx(*deployed(), opset=opset)
+
+
+def test_class_names_of_any_text_are_one_line_each():
+    model, variables = deployed()
+    names = ("a\nb", "caf\udce9", "猫", "d", "e", "f", "")
+    preprocess = Preprocess(32, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, names)
+    (found,) = to_onnx(model, variables, preprocess=preprocess).metadata_props
+    assert found.value.split("\n") == ["a\\nb", "caf\\xe9", "猫", "d", "e", "f", ""]
+
+
+def test_a_file_that_is_no_graph_is_named(tmp_path):
+    whole = to_onnx(*deployed()).SerializeToString()
+    for name, data in [("truncated", whole[:200]), ("other", b"no such thing"), ("empty", b"")]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"does not read .*{name}.*write or copy it again"):
+            load_onnx(tmp_path / name)

@@ -1,0 +1,74 @@
+"""What every exported file asks of a deploy form, and which ONNX opsets there are; needs no extra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.models import RepVGG
+
+# The operators of the graph have the same meaning and the same attributes in all of them.
+OPSETS = range(11, 22)
+OPSET = 17
+# One message of protobuf, which an ONNX file is, and one buffer of flatbuffers hold no more. Less what is no weight.
+_LARGEST_FILE = 2**31 - 2**20
+
+
+def require_opset(opset: int) -> None:
+    """Raise a ValueError unless graphs can be written in an ONNX opset."""
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise ValueError(f"opset is {opset!r}: expected a whole number from {OPSETS[0]} to {OPSETS[-1]}")
+
+
+def require_exportable(
+    model: RepVGG,
+    variables: Mapping[str, Any],
+    *,
+    batch_size: int | None,
+    image_size: int | None,
+    preprocess: Preprocess | None,
+) -> int:
+    """See that a network can be written with its weights inside, before anything is built.
+
+    Args:
+      model: to be in its deploy form.
+      variables: of that model, `{'params'}`.
+      batch_size: images in a batch, or None.
+      image_size: side of the images in pixels, or None.
+      preprocess: to be baked in, or None.
+
+    Returns:
+      The channels of its images.
+
+    Raises:
+      ValueError: the model is in its training form, a size is less than 1, `preprocess` is that of another network, or
+        the weights do not fit into one file.
+    """
+    if not model.deploy:
+        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    for name, size in (("batch_size", batch_size), ("image_size", image_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: expected at least 1, or None for any")
+    size = sum(4 * int(np.prod(np.shape(leaf), dtype=np.int64)) for leaf in jax.tree.leaves(variables["params"]))
+    if size > _LARGEST_FILE:
+        raise ValueError(
+            f"the weights take {size / 2**30:.2f} GiB in float32: expected less than 2, which is all that one ONNX or "
+            "StableHLO file holds; safetensors holds more, and a smaller width_multiplier makes a smaller network"
+        )
+    channels = int(np.shape(variables["params"]["stem"]["reparam"]["kernel"])[2])
+    if preprocess is None:
+        return channels
+    if not len(preprocess.mean) == len(preprocess.std) == channels:
+        raise ValueError(
+            f"mean is {preprocess.mean} and std {preprocess.std}: expected {channels} values each, one for each "
+            "channel of the network's images"
+        )
+    if len(preprocess.class_names) != model.num_classes:
+        raise ValueError(
+            f"there are {len(preprocess.class_names)} class names: expected {model.num_classes}, one for each logit"
+        )
+    return channels
