@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -16,6 +16,8 @@ import tyro
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import load_dataset
 from repvgg_jax.devices import require_devices
+from repvgg_jax.files import require_writable
+from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.weights_file import SUFFIXES
 from repvgg_jax.models import summarize
@@ -23,11 +25,11 @@ from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import fail, printable, run_command
 from repvgg_jax.training.cluster import Cluster, is_primary
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
+from repvgg_jax.training.export import Format, describe, export_deploy, is_deploy_form, require_export
 from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
 from repvgg_jax.training.presets import PRESETS
-from repvgg_jax.training.run_directory import fuse_run
+from repvgg_jax.training.run_directory import DataMissingError, fuse_run
 from repvgg_jax.training.run_path import run_directory
 
 _FAILED, _USAGE_ERROR = 1, 2
@@ -36,8 +38,12 @@ _TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _FUSE_DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
     "deploy.safetensors. Or fuse weights of the official PyTorch implementation or timm, and verify on images of "
-    "noise. Exits with 1 where the forms differ."
+    "noise. With --export, write ONNX and StableHLO files of the deploy form too, also of a deploy.safetensors alone. "
+    "Exits with 1 where the forms differ, with 2 where an argument is wrong or a file cannot be written."
 )
+
+
+_Source = Literal["run", "weights", "deploy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +59,16 @@ class _TrainArguments:
 @dataclasses.dataclass(frozen=True)
 class _FuseArguments:
     source: tyro.conf.Positional[Path]
-    """Run directory that train.py wrote, or a file of PyTorch weights: .safetensors, .pth, .pt, .bin, .tar."""
+    """Run directory that train.py wrote; a file of PyTorch weights, .safetensors, .pth, .pt, .bin or .tar; or, with
+    --export, a deploy.safetensors."""
     check_only: bool = False
     """Verify without writing anything."""
     export: tuple[Format, ...] = ()
-    """Formats to write the deploy form in besides, each proven in its own runtime: deploy.onnx, deploy.stablehlo."""
+    """Formats to write the deploy form in besides, each proven in its own runtime: deploy.onnx, deploy.stablehlo. On
+    test images where there are any, and else on noise: of weights, of a deploy.safetensors, and of the
+    deploy.safetensors in a run directory whose data set is not at hand."""
+    opset: int = OPSET
+    """Of the ONNX file: version of its operators, 11 to 21. Older runtimes and converters want a smaller one."""
     with_preprocess: bool = False
     """The exported files take uint8 pixels (NHWC) and return probabilities."""
     data_dir: str | None = None
@@ -127,54 +138,100 @@ def fuse_command(arguments: list[str]) -> int:
 
     def run() -> None:
         parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
-        weights = parsed.source.is_file() or parsed.source.suffix in SUFFIXES
-        _require_fitting(parsed, weights)
+        is_file = parsed.source.is_file() or (parsed.source.suffix in SUFFIXES and not parsed.source.is_dir())
+        kind: _Source = "deploy" if is_deploy_form(parsed.source) else "weights" if is_file else "run"
+        _require_fitting(parsed, kind)
         _keep_compiled_programs()
-        if weights:
+        if kind == "weights":
             _fuse_weights(parsed)
-            return
+        elif kind == "deploy":
+            _export(parsed, parsed.source)
+        else:
+            _fuse_run(parsed)
+
+    return _guard(run)
+
+
+def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
+    """See that the arguments go together, and that none is given which says nothing about such a source."""
+    source = parsed.source
+    if kind == "deploy" and not parsed.export:
+        raise ValueError(f"there is nothing to do: {source} is fused already; --export onnx stablehlo exports it")
+    if kind != "run":  # fuse_run sees to its own
+        require_export(
+            _output(parsed) if kind == "weights" else source,
+            parsed.export,
+            check_only=parsed.check_only,
+            with_preprocess=parsed.with_preprocess,
+            opset=parsed.opset,
+        )
+    if parsed.image_size < 1:
+        raise ValueError(f"image_size is {parsed.image_size}: expected at least 1")
+    if kind == "weights" and parsed.variant is None:
+        raise ValueError(f"variant is None: expected that of {source}, e.g. --variant repvgg_a0")
+    defaults = _FuseArguments(source)
+    of_run, of_weights = ("data_dir",), ("variant", "entry", "output", "class_names", "image_size", "strides")
+    others = {"run": of_weights, "weights": of_run, "deploy": of_run + of_weights}[kind]
+    given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
+    if given:
+        found, other = {
+            "run": ("no file of weights", "one"),
+            "weights": ("a file", "a run directory"),
+            "deploy": ("fused already, and says itself what it is", "a run directory or PyTorch weights"),
+        }[kind]
+        raise ValueError(f"{source} is {found}: expected {', '.join(given)} with {other} alone")
+
+
+def _fuse_run(parsed: _FuseArguments) -> None:
+    weights = parsed.source / "deploy.safetensors"
+    try:
         fuse_run(
             parsed.source,
             data_dir=parsed.data_dir,
             check_only=parsed.check_only,
             export=parsed.export,
             with_preprocess=parsed.with_preprocess,
+            opset=parsed.opset,
         )
-        if not parsed.check_only:
-            print(f"\nweights: {parsed.source / 'deploy.safetensors'}")
+    except DataMissingError as error:
+        if not parsed.export or not is_deploy_form(weights):
+            raise
+        if parsed.data_dir is not None:
+            raise FileNotFoundError(
+                f"{error}; without --data-dir, {weights} is exported as it is, proven on noise"
+            ) from None
+        print(f"{printable(str(error))}\nso {printable(str(weights))} is exported as it is, proven on images of noise")
+        _export(parsed, weights)
+        return
+    if not parsed.check_only:
+        print(f"\nweights: {printable(str(weights))}")
 
-    return _guard(run)
+
+def _export(parsed: _FuseArguments, path: Path) -> None:
+    print(describe(export_deploy(path, parsed.export, with_preprocess=parsed.with_preprocess, opset=parsed.opset)))
 
 
-def _require_fitting(parsed: _FuseArguments, weights: bool) -> None:
-    """See that the arguments go together, and that none is given which says nothing about such a source."""
-    require_writing(parsed.export, parsed.check_only)
-    if weights and parsed.variant is None:
-        raise ValueError(f"variant is None: expected that of {parsed.source}, e.g. --variant repvgg_a0")
-    others = ("data_dir",) if weights else ("variant", "entry", "output", "class_names", "image_size", "strides")
-    defaults = _FuseArguments(parsed.source)
-    given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
-    if given:
-        found, other = ("a file", "a run directory") if weights else ("no file of weights", "one")
-        raise ValueError(f"{parsed.source} is {found}: expected {', '.join(given)} with {other} alone")
+def _output(parsed: _FuseArguments) -> Path:
+    return parsed.output or parsed.source.with_suffix(".deploy.safetensors")
 
 
 def _fuse_weights(parsed: _FuseArguments) -> None:
-    if parsed.class_names and not parsed.class_names.is_file():
-        raise FileNotFoundError(f"{parsed.class_names} does not exist: expected a text file, one class name a line")
-    output = parsed.output or parsed.source.with_suffix(".deploy.safetensors")
+    output = _output(parsed)
+    names = _read_names(parsed.class_names) if parsed.class_names else None
+    if not parsed.check_only:
+        require_writable(output)
     found, source = fuse_weights(
         parsed.source,
         str(parsed.variant),
         None if parsed.check_only else output,
         entry=parsed.entry,
-        class_names=parsed.class_names.read_text().splitlines() if parsed.class_names else None,
+        class_names=names,
         image_size=parsed.image_size,
         strides=parsed.strides,
     )
     print(f"{printable(str(parsed.source))}: took {source}")
     if found is None:
-        print(f"{parsed.source} is of a deploy form: there is nothing to fuse")
+        print(printable(f"{parsed.source} is of a deploy form: there is nothing to fuse"))
     else:
         print(
             f"the two forms agree on {found.compared} images of noise: in float64, and in float32 to "
@@ -183,8 +240,20 @@ def _fuse_weights(parsed: _FuseArguments) -> None:
     if parsed.check_only:
         return
     if parsed.export:
-        print(describe(export_deploy(output, parsed.export, with_preprocess=parsed.with_preprocess)))
-    print(f"\nweights: {output}")
+        _export(parsed, output)
+    print(f"\nweights: {printable(str(output))}")
+
+
+def _read_names(path: Path) -> list[str]:
+    if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {fault}: expected a text file, one class name a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): expected one class name a line") from None
+    # Not `splitlines`, which takes other characters than line ends for line ends.
+    return text.removesuffix("\n").split("\n")
 
 
 def _guard(run: Callable[[], None]) -> int:

@@ -5,20 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 from repvgg_jax.data import normalize
+from repvgg_jax.files import replace_whole, require_writable
+from repvgg_jax.interop.exportable import OPSET, require_opset
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
+from repvgg_jax.terminal import printable
 from repvgg_jax.training.steps import Batch
 
 Format = Literal["onnx", "stablehlo"]
-# Of the largest logit, or of probability 1. Runtimes order their sums differently.
+# Of the largest logit or logarithm of a probability. Runtimes order their sums differently.
 TOLERANCE = 1e-4
+# Less is no probability that float32 tells from another with any accuracy.
+_SMALLEST_PROBABILITY = 1e-30
+_NOISE_IMAGES = 8
+
+
+class Proof(NamedTuple):
+    """How the outputs of a file, read back, compare with those of the deploy form.
+
+    Attributes:
+      agreement: of the logits, or of the logarithms of the probabilities.
+      images: what they were computed of, 'test images' or 'images of noise'.
+    """
+
+    agreement: Agreement
+    images: str
 
 
 def export_deploy(
@@ -27,7 +47,8 @@ def export_deploy(
     batches: Callable[[], Iterable[Batch]] | None = None,
     *,
     with_preprocess: bool = False,
-) -> dict[Path, Agreement]:
+    opset: int = OPSET,
+) -> dict[Path, Proof]:
     """Write `NAME.onnx` and `NAME.stablehlo` beside a `NAME.safetensors`.
 
     Each file is read back and run on every image, and removed where it does not compute what the deploy form computes.
@@ -35,61 +56,156 @@ def export_deploy(
     Args:
       path: of the deploy form.
       formats: of the files.
-      batches: makes a fresh pass over real images, uint8 `(batch, height, width, channels)`; eight images of noise
+      batches: makes a fresh pass over test images, uint8 `(batch, height, width, channels)`; eight images of noise
         where not given.
       with_preprocess: the files take uint8 pixels and return probabilities, instead of normalised images and logits.
+      opset: of the ONNX file.
 
     Returns:
-      How the outputs of each file compare with those of the deploy form.
+      How the outputs of each file compare with those of the deploy form, and on which images.
 
     Raises:
-      EquivalenceError: a file computes something else; it is removed.
+      EquivalenceError: a file computes something else, or the images prove nothing; it is removed, and those before it
+        stay.
+      OSError: a file could not be written; those before it stay, and are named.
       ImportError: the extra of a format is not installed.
+      ValueError: `opset` is another, or as `load_deploy`, `to_onnx` and `to_stablehlo`.
     """
+    require_export(path, formats, opset=opset)
     deployed = load_deploy(path)
     images = partial(_noise, deployed) if batches is None else batches
-    found: dict[Path, Agreement] = {}
-    for name in formats:
-        exported = path.with_suffix(f".{name}")
-        unproven = exported.with_name(exported.name + ".partial")
+    kind = "images of noise" if batches is None else "test images"
+    found: dict[Path, Proof] = {}
+    for name in dict.fromkeys(formats):
+        exported = _exported(path, name)
+        prove = partial(_write_proven, deployed=deployed, images=images, with_preprocess=with_preprocess, opset=opset)
         try:
-            run = _WRITERS[name](unproven, deployed, with_preprocess)
-            found[exported] = _compare(run, deployed, images(), with_preprocess)
-            if not found[exported].relative <= TOLERANCE:
-                raise EquivalenceError(
-                    f"{exported} was not written: in its runtime it computes something else, largest difference "
-                    f"{found[exported].relative:.3g} of the largest output (allowed {TOLERANCE:.0e}), "
-                    f"{found[exported].predictions_changed} of {found[exported].compared} predictions changed; another "
-                    "version of the runtime may do better"
-                )
-            unproven.replace(exported)
-        finally:
-            unproven.unlink(missing_ok=True)
+            found[exported] = Proof(prove(exported, name), kind)
+        except EquivalenceError as error:
+            raise EquivalenceError(
+                f"{exported} was not written: in its runtime it computes something else than {path}, or the {kind} "
+                f"prove nothing: {error}"
+            ) from None
+        except OSError as error:
+            whole = " and ".join(str(each) for each in (path, *found))
+            raise OSError(
+                f"{exported} could not be written: {error.strerror or error}; make room or give permission, and export "
+                f"{path} anew. Whole: {whole}"
+            ) from error
     return found
 
 
-def require_writing(formats: Sequence[Format], check_only: bool) -> None:
-    """Raise a ValueError where something is to be exported and nothing to be written."""
+def require_export(
+    path: Path,
+    formats: Sequence[Format],
+    *,
+    check_only: bool = False,
+    with_preprocess: bool = False,
+    opset: int = OPSET,
+) -> None:
+    """See, before any work, that a deploy form can be exported as is asked.
+
+    Args:
+      path: of the deploy form, which need not be there yet.
+      formats: to export it in; none is fine.
+      check_only: whether nothing is to be written.
+      with_preprocess: of the exported files.
+      opset: of the ONNX file.
+
+    Raises:
+      ValueError: the arguments do not go together.
+      ImportError: the extra of a format is not installed.
+      OSError: a file cannot be written beside `path`.
+    """
     if formats and check_only:
         raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
+    if with_preprocess and not formats:
+        raise ValueError("with_preprocess is given without export: expected both, it is about the exported files")
+    require_opset(opset)
+    if opset != OPSET and "onnx" not in formats:
+        raise ValueError(f"opset is {opset} without an ONNX file to write: expected it with --export onnx alone")
+    for name in formats:
+        _require_runtime(name)
+        require_writable(_exported(path, name))
 
 
-def describe(exported: Mapping[Path, Agreement]) -> str:
+def is_deploy_form(path: Path) -> bool:
+    """Whether a file is a `deploy.safetensors` of this package, of any version: by its metadata, whatever its name."""
+    if not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format")).startswith("repvgg_jax deploy")
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def describe(exported: Mapping[Path, Proof]) -> str:
     """What `export_deploy` found, a line for each file."""
     return "\n".join(
-        f"{path}: largest difference {found.relative:.1e} of the largest output, {found.predictions_changed} of "
-        f"{found.compared:,} predictions changed"
-        for path, found in exported.items()
+        f"{printable(str(path))}: largest difference {found.relative:.1e} of the largest output, "
+        f"{found.predictions_changed} predictions changed on {found.compared:,} {images}"
+        for path, (found, images) in exported.items()
     )
 
 
+def _exported(path: Path, name: Format) -> Path:
+    """`NAME.onnx` of `NAME.safetensors`; of any other name, all of it is kept, so that no two files share one."""
+    stem = path.name[: -len(".safetensors")] if path.name.lower().endswith(".safetensors") else path.name
+    return path.with_name(f"{stem}.{name}")
+
+
 def _noise(deployed: Deployed) -> list[Batch]:
-    preprocess = deployed.preprocess
-    shape = (8, preprocess.image_size, preprocess.image_size, preprocess.channels)
-    return [{"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8), "mask": np.ones(8, bool)}]
+    """Images of random squares with sides of 1, 2, 4, … pixels: no two alike, so that a network tells them apart."""
+    size, rng = deployed.preprocess.image_size, np.random.default_rng(0)
+    images = []
+    for index in range(_NOISE_IMAGES):
+        side = -(-size // 2**index)
+        squares = rng.integers(0, 256, (side, side, deployed.preprocess.channels), np.uint8)
+        images.append(squares.repeat(2**index, 0)[:size].repeat(2**index, 1)[:, :size])
+    # Two at a time: large ones would fill the memory.
+    return [
+        {"image": np.stack(images[start : start + 2]), "mask": np.ones(2, bool)} for start in range(0, len(images), 2)
+    ]
 
 
-def _write_onnx(path: Path, deployed: Deployed, with_preprocess: bool) -> Callable[[np.ndarray], np.ndarray]:
+def _require_runtime(name: Format) -> None:
+    if name == "onnx":
+        from repvgg_jax.interop.onnx import require_runtime
+
+        require_runtime()
+    else:
+        from repvgg_jax.interop.stablehlo import require_serializer
+
+        require_serializer()
+
+
+def _write_proven(
+    exported: Path,
+    name: Format,
+    *,
+    deployed: Deployed,
+    images: Callable[[], Iterable[Batch]],
+    with_preprocess: bool,
+    opset: int,
+) -> Agreement:
+    found: list[Agreement] = []
+
+    def write(unproven: Path) -> None:
+        if name == "onnx":
+            run = _write_onnx(unproven, deployed, with_preprocess, opset)
+        else:
+            run = _write_stablehlo(unproven, deployed, with_preprocess)
+        found.append(_compare(run, deployed, images(), with_preprocess).require(TOLERANCE))
+
+    replace_whole(exported, write)
+    return found[0]
+
+
+# Both write a file and read it back, as a function of normalised images, or of pixels.
+def _write_onnx(
+    path: Path, deployed: Deployed, with_preprocess: bool, opset: int
+) -> Callable[[np.ndarray], np.ndarray]:
     from repvgg_jax.interop.onnx import load_onnx, to_onnx
 
     preprocess = deployed.preprocess
@@ -99,6 +215,7 @@ def _write_onnx(path: Path, deployed: Deployed, with_preprocess: bool) -> Callab
         image_size=preprocess.image_size,
         layout="NHWC" if with_preprocess else "NCHW",
         preprocess=preprocess if with_preprocess else None,
+        opset=opset,
     )
     path.write_bytes(graph.SerializeToString())
     run = load_onnx(path)
@@ -121,28 +238,34 @@ def _write_stablehlo(path: Path, deployed: Deployed, with_preprocess: bool) -> C
     return lambda images: np.asarray(run(images))
 
 
-_WRITERS: dict[str, Callable[[Path, Deployed, bool], Callable[[np.ndarray], np.ndarray]]] = {
-    "onnx": _write_onnx,
-    "stablehlo": _write_stablehlo,
-}
-
-
 def _compare(
     run: Callable[[np.ndarray], np.ndarray], deployed: Deployed, batches: Iterable[Batch], with_preprocess: bool
 ) -> Agreement:
     preprocess = deployed.preprocess
 
-    @jax.jit
     def reference(variables: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = normalize(pixels, preprocess.mean, preprocess.std)
         logits: Any = deployed.model.apply(variables, images, train=False)
         return images, jax.nn.softmax(logits) if with_preprocess else logits
 
+    options = compiler_options(jax.local_devices()[0].platform)
+    compiled = jax.jit(reference, compiler_options=options)
     expected, found = [], []
     with jax.default_matmul_precision("float32"):
         for batch in batches:
             pixels = np.asarray(batch["image"])[np.asarray(batch["mask"])]
-            images, outputs = reference(deployed.variables, jnp.asarray(pixels))
+            images, outputs = compiled(deployed.variables, jnp.asarray(pixels))
+            if not np.isfinite(images).all():
+                raise EquivalenceError(
+                    f"nothing would be proven: normalised by mean {preprocess.mean} and std {preprocess.std}, images "
+                    "are not finite"
+                )
             expected.append(np.asarray(outputs))
             found.append(run(pixels if with_preprocess else np.array(images)))
-    return agreement(np.concatenate(expected), np.concatenate(found))
+    both = np.concatenate(expected), np.concatenate(found)
+    return agreement(*map(_logarithms, both)) if with_preprocess else agreement(*both)
+
+
+def _logarithms(probabilities: np.ndarray) -> np.ndarray:
+    """Of probabilities: logits but for a constant, which tell networks apart where one class has all of the 1."""
+    return np.log(np.maximum(probabilities.astype(np.float64), _SMALLEST_PROBABILITY))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
+from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.models import RepVGG
@@ -21,13 +23,17 @@ from repvgg_jax.training.cluster import is_primary
 from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.data_record import DataRecord
-from repvgg_jax.training.export import Format, describe, export_deploy, require_writing
+from repvgg_jax.training.export import Format, describe, export_deploy, require_export
 from repvgg_jax.training.initialization import find_origin
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.report import write_report
 from repvgg_jax.training.run_path import run_directory
 from repvgg_jax.training.steps import abstract_state, create_mesh, require_divisible
+
+
+class DataMissingError(FileNotFoundError):
+    """A run is whole, but the images it was trained on are not at hand."""
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
@@ -133,6 +139,7 @@ def fuse_run(
     check_only: bool = False,
     export: Sequence[Format] = (),
     with_preprocess: bool = False,
+    opset: int = OPSET,
 ) -> Comparison:
     """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it, and export it.
 
@@ -142,17 +149,18 @@ def fuse_run(
       check_only: verify without writing.
       export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
       with_preprocess: of the exported files.
+      opset: of the ONNX file.
 
     Returns:
       The comparison.
 
     Raises:
+      DataMissingError: the data set is not at hand.
       FileNotFoundError: the directory is not a run, or holds no checkpoint.
       ValueError: the forms are not the same function, the run cannot be read, or an exported file computes something
         else.
       ImportError: the extra of a format is not installed.
     """
-    require_writing(export, check_only)
     workdir = run_directory(workdir)
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
@@ -163,9 +171,14 @@ def fuse_run(
         config = dataclasses.replace(config, data_dir=data_dir)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
+    weights = workdir / "deploy.safetensors"
+    require_export(weights, export, check_only=check_only, with_preprocess=with_preprocess, opset=opset)
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")
-    config, dataset = open_data(config)
+    try:
+        config, dataset = open_data(config)
+    except OSError as error:
+        raise DataMissingError(f"the data set of {workdir} is not at hand: {error}") from error
     DataRecord.of(dataset).require(workdir)
     model = config.create_model(dataset.num_classes)
     optimizer = create_optimizer(config, steps_per_epoch=1)
@@ -174,7 +187,6 @@ def fuse_run(
     comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
     if not export:
         return comparison
-    path = workdir / "deploy.safetensors"
-    exported = export_deploy(path, export, lambda: test_batches(config, dataset), with_preprocess=with_preprocess)
-    print(describe(exported))
+    batches = partial(test_batches, config, dataset)
+    print(describe(export_deploy(weights, export, batches, with_preprocess=with_preprocess, opset=opset)))
     return comparison

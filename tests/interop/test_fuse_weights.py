@@ -8,7 +8,7 @@ from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.torch import to_state_dict
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training.command import fuse_command
+from repvgg_jax.training.command import _read_names, fuse_command
 from tests.random_variables import random_images, random_variables
 
 
@@ -99,6 +99,12 @@ def test_a_wrong_fold_is_refused_and_nothing_is_written(weights, tmp_path, monke
             ["--variant", "repvgg_a0", "--class-names", "missing.txt"],
             "missing.txt does not exist: expected a text file",
         ),
+        (["--variant", "repvgg_a0", "--class-names", "/tmp"], "/tmp is no file: expected a text file"),
+        (["--variant", "repvgg_a0", "--image-size", "0"], "image_size is 0: expected at least 1"),
+        (["--variant", "repvgg_a0", "--output", "/nowhere/x"], "No such file or directory: '/nowhere/x'"),
+        (["--variant", "repvgg_a0", "--output", "/tmp"], "Is a directory: '/tmp'"),
+        (["--variant", "repvgg_a0", "--output", "/nowhere/x", "--export", "onnx"], "'/nowhere/x.onnx'"),
+        (["--variant", "repvgg_a0", "--export", "onnx", "--opset", "22"], "from 11 to 21"),
         (["--variant", "repvgg_a0", "--check-only", "--export", "onnx"], "export and check_only are both given"),
     ],
 )
@@ -115,3 +121,16 @@ def test_arguments_for_weights_do_not_fit_a_run(tmp_path, capsys):
 def test_a_list_of_names_of_another_length_is_refused(weights, tmp_path):
     with pytest.raises(ValueError, match="there are 2 class names: expected 10"):
         fuse_weights(weights, "repvgg_a0", tmp_path / "out.safetensors", class_names=["cat", "dog"])
+
+
+def test_names_that_are_no_text_are_named_before_the_work(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("repvgg_jax.training.command.fuse_weights", None)
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+    assert fuse_command([str(weights), "--variant", "repvgg_a0", "--class-names", str(tmp_path / "names.txt")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "names.txt is no text in UTF-8" in line
+
+
+def test_only_line_ends_part_names(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffa\u2028b\r\nc\x0bd\n".encode())
+    assert _read_names(tmp_path / "names.txt") == ["a\u2028b", "c\x0bd"]
