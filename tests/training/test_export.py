@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import onnx
 import pytest
@@ -14,8 +15,9 @@ from repvgg_jax.interop import onnx as interop_onnx
 from repvgg_jax.interop.onnx import load_onnx
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.stablehlo import load_stablehlo
+from repvgg_jax.reparam import EquivalenceError, agreement
 from repvgg_jax.training.command import fuse_command
-from repvgg_jax.training.export import _noise
+from repvgg_jax.training.export import _compare, _logarithms, _noise
 
 
 @pytest.fixture
@@ -174,3 +176,18 @@ def test_no_room_for_the_last_file_keeps_the_others(run, capsys, monkeypatch):
     )
     assert load_onnx(run / "deploy.onnx")
     assert sorted(each.name for each in run.glob("deploy.*")) == ["deploy.onnx", "deploy.safetensors"]
+
+
+def test_normalised_noise_that_is_not_finite_proves_nothing(run):
+    deployed = load_deploy(run / "deploy.safetensors")
+    broken = dataclasses.replace(deployed.preprocess, std=(1e-45,))
+    with pytest.raises(EquivalenceError, match="nothing would be proven: .*images are not finite"):
+        _compare(lambda images: images, deployed._replace(preprocess=broken), _noise(deployed), False)
+
+
+def test_probabilities_are_compared_where_one_class_has_all_of_the_1():
+    logits = np.array([[60.0, 0.0, 1.0], [60.0, 2.0, 0.0]])
+    both = [_logarithms(np.asarray(jax.nn.softmax(each))) for each in (logits, logits[::-1])]
+    agreement(both[0], both[0]).require(1e-4)
+    with pytest.raises(EquivalenceError):
+        agreement(*both).require(1e-4)
