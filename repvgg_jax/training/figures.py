@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from repvgg_jax.files import replace_whole
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.class_labels import class_labels
-from repvgg_jax.training.files import replace_whole
 
 _TRAIN, _TEST = "#7a869a", "#1f5fbf"
 # Of the confusion matrix. No picture shows more rows than it has pixels, and 20,000 classes squared take gigabytes.
