@@ -181,7 +181,7 @@ def test_no_room_for_the_last_file_keeps_the_others(run, capsys, monkeypatch):
 def test_normalised_noise_that_is_not_finite_proves_nothing(run):
     deployed = load_deploy(run / "deploy.safetensors")
     broken = dataclasses.replace(deployed.preprocess, std=(1e-45,))
-    with pytest.raises(EquivalenceError, match="nothing would be proven: .*images are not finite"):
+    with pytest.raises(EquivalenceError, match=r"nothing would be proven: .*images are not finite"):
         _compare(lambda images: images, deployed._replace(preprocess=broken), _noise(deployed), False)
 
 
