@@ -192,7 +192,7 @@ def test_names_of_others_reach_the_terminal_as_text_alone(monkeypatch, capsys, t
     monkeypatch.undo()
     assert train_command(["--dataset", "folder:/no\x1b[2J\nerror: forged", "--workdir", str(tmp_path / "c")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "/no\\x1b[2J error: forged does not exist" in line
+    assert "/no\\x1b[2J\\nerror: forged does not exist" in line
 
 
 @pytest.mark.parametrize(
