@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "trace": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "data": {"terminal"},
-    "interop": {"reparam", "ops", "models", "files", "terminal", "version"},
+    "interop": {"reparam", "ops", "models", "fields", "files", "terminal", "version"},
     "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "files", "terminal"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")

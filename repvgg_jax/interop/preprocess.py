@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from repvgg_jax.fields import require_types, shown
+
 Interpolation = Literal["bilinear", "bicubic"]
+# Side of an image in pixels: that of the largest JPEG.
+_LARGEST_SIDE = 65_535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +21,15 @@ class Preprocess:
       image_size: side length in pixels of the square input.
       channels: 1 (gray) or 3 (RGB).
       mean: channel means in [0, 1] units.
-      std: channel standard deviations in [0, 1] units.
-      eval_resize: the shorter side is resized to this before the centre crop; None resizes to `image_size`.
-      class_names: one name for each logit.
+      std: channel standard deviations in [0, 1] units, positive.
+      eval_resize: the shorter side is resized to this before the centre crop, at least `image_size`; None resizes to
+        `image_size`.
+      class_names: one name for each logit. Any text, as folders are called: print it with
+        `repvgg_jax.terminal.printable`.
       interpolation: of the resizing.
+
+    Raises:
+      ValueError: a field is of another type or out of range; the message names it.
     """
 
     image_size: int
@@ -31,22 +40,50 @@ class Preprocess:
     class_names: tuple[str, ...]
     interpolation: Interpolation = "bilinear"
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "class_names"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        require_types(self)
+        if not 1 <= self.image_size <= _LARGEST_SIDE:
+            raise ValueError(f"image_size is {shown(self.image_size)}: expected 1 to {_LARGEST_SIDE} pixels")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {shown(self.channels)}: expected 1 (gray) or 3 (RGB)")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} is {shown(values)}: expected {self.channels} values, one for each channel")
+        # Down to 1e-30 and up to 1e30, so that a normalised image is finite in float32.
+        if any(std < 1e-30 for std in self.std):
+            raise ValueError(f"std is {shown(self.std)}: expected positive numbers")
+        if any((1 + abs(mean)) / std > 1e30 for mean, std in zip(self.mean, self.std, strict=True)):
+            raise ValueError(f"mean is {shown(self.mean)}: expected numbers of the size of pixels, in [0, 1] units")
+        if self.eval_resize is not None and not self.image_size <= self.eval_resize <= _LARGEST_SIDE:
+            raise ValueError(
+                f"eval_resize is {shown(self.eval_resize)}: expected None, or at least image_size "
+                f"(={self.image_size}) and at most {_LARGEST_SIDE} pixels"
+            )
 
-def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224) -> Preprocess:
+
+def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224, gray: bool = False) -> Preprocess:
     """The preprocessing that the published weights were evaluated with (RepVGG, section 4.1; official `utils.py`).
 
     Args:
       class_names: one name for each logit.
       image_size: side length in pixels; the shorter side is resized to 8/7 of it first, 256 for 224.
+      gray: of gray images, which no weights were published for: mean and standard deviation are then the averages of
+        the three channels'.
 
     Returns:
-      The preprocessing of RGB images, with ImageNet's mean and standard deviation.
+      The preprocessing of RGB or gray images, with ImageNet's mean and standard deviation.
+
+    Raises:
+      ValueError: as `Preprocess`.
     """
     return Preprocess(
         image_size=image_size,
-        channels=3,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        eval_resize=round(image_size * 8 / 7),
+        channels=1 if gray else 3,
+        mean=(0.449,) if gray else (0.485, 0.456, 0.406),
+        std=(0.226,) if gray else (0.229, 0.224, 0.225),
+        eval_resize=(16 * image_size + 7) // 14,  # 8/7, rounded
         class_names=tuple(class_names),
     )

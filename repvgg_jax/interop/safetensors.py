@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +13,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from repvgg_jax.fields import shown
+from repvgg_jax.files import write_whole
+from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.interop.preprocess import Preprocess
-from repvgg_jax.models import RepVGG, create_model
-from repvgg_jax.version import VERSION
+from repvgg_jax.models import RepVGG
 
-_FORMAT = "repvgg_jax deploy 1"
+# In the names of safetensors and of NumPy.
+_FLOATS = ("F16", "BF16", "F32", "F64", "float16", "bfloat16", "float32", "float64")
 
 
 class Deployed(NamedTuple):
@@ -30,6 +30,11 @@ class Deployed(NamedTuple):
     variables: dict[str, Any]
     preprocess: Preprocess
     metadata: dict[str, str]
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def save_deploy(
@@ -54,90 +59,101 @@ def save_deploy(
       preprocess: of the images.
 
     Raises:
-      ValueError: the model is in its training form.
+      ValueError: the model is in its training form, or `load_deploy` would refuse the file.
+      OSError: the file cannot be written.
     """
     if not model.deploy:
         raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
-    path = Path(path)
-    tensors = {
-        ".".join(entry.key for entry in key_path): np.ascontiguousarray(leaf)
-        for key_path, leaf in jax.tree_util.tree_flatten_with_path(variables["params"])[0]
-    }
-    fields = {
-        **dataclasses.asdict(preprocess),
-        "num_classes": model.num_classes,
-        "strides": model.strides,
-        "dilations": model.dilations,
-        "depths": model.depths,
-        "width_multiplier": model.width_multiplier,
-        "epsilon": model.epsilon,
-        "versions": {
-            "repvgg_jax": VERSION,
-            **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
-        },
-    }
-    metadata = {key: json.dumps(value) for key, value in fields.items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        safetensors.numpy.save_file(tensors, partial, {"format": _FORMAT, "variant": variant, **metadata})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = DeployMetadata.of(variant, model, preprocess)
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    tensors = {_name(key_path): np.ascontiguousarray(leaf) for key_path, leaf in leaves}
+    _require_fitting(metadata, {name: _Tensor(each.shape, each.dtype.name) for name, each in tensors.items()})
+    _require_finite(tensors)
+    write_whole(Path(path), safetensors.numpy.save(tensors, metadata.to_strings()))
 
 
 def load_deploy(path: str | os.PathLike[str]) -> Deployed:
     """Read a file that `save_deploy` wrote.
 
     Args:
-      path: of the file.
+      path: of the file. Tensors of float16, bfloat16 or float64 are taken too, and become float32.
 
     Returns:
-      `(model, variables, preprocess, metadata)`, the model in its deploy form.
+      `(model, variables, preprocess, metadata)`, the model in its deploy form, the variables in float32.
 
     Raises:
       FileNotFoundError: there is no such file.
+      OSError: the file cannot be read.
       ValueError: the file is damaged, is not a `deploy.safetensors` of this package, or its tensors do not fit
-        its variant; the message names them.
+        its metadata or hold values that are not finite; the message names file and field or tensors.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: expected a deploy.safetensors that fuse.py wrote")
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'no file'}: expected a deploy.safetensors")
+    with path.open("rb"):  # safetensors takes a file that may not be read for one that is missing
+        pass
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+            return _read(file)
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): write or copy it again") from None
-    if metadata.get("format") != _FORMAT:
+    except ValueError as error:
         raise ValueError(
-            f"{path} has the format {metadata.get('format')!r}, expected {_FORMAT!r}: it was not written by "
-            "`python fuse.py RUN_DIR`"
-        )
-    fields = {key: json.loads(value) for key, value in metadata.items() if key not in ("format", "variant")}
-    model = create_model(
-        metadata["variant"],
-        num_classes=fields["num_classes"],
-        deploy=True,
-        strides=fields["strides"],
-        depths=fields["depths"],
-        width_multiplier=fields["width_multiplier"],
-        epsilon=fields["epsilon"],
+            f"{path} is no deploy form that can be used: {error}; expected a file that `python fuse.py RUN_DIR` wrote"
+        ) from None
+
+
+def _read(file: Any) -> Deployed:
+    strings = file.metadata() or {}
+    metadata = DeployMetadata.from_strings(strings)
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    template = _require_fitting(
+        metadata, {name: _Tensor(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
     )
-    # Earlier files say nothing of dilations and of interpolation: they have the defaults.
-    model = model.clone(dilations=tuple(fields.get("dilations", model.dilations)))
-    fields.setdefault("interpolation", "bilinear")
-    values: dict[str, Any] = {field.name: fields[field.name] for field in dataclasses.fields(Preprocess)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    preprocess = Preprocess(**values)
-    images = jnp.zeros((1, preprocess.image_size, preprocess.image_size, preprocess.channels))
-    template = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
-    paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    expected = {".".join(entry.key for entry in key_path): leaf.shape for key_path, leaf in paths}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        tensors = {name: file.get_tensor(name).astype(np.float32, copy=False) for name in slices}
+    _require_finite(tensors)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(tensors[_name(path)]), template)
+    return Deployed(metadata.create_model(), {"params": params}, metadata.preprocess, strings)
+
+
+def _require_fitting(metadata: DeployMetadata, tensors: Mapping[str, _Tensor]) -> Any:
+    """See that tensors are those of a network, and return its tree of shapes; reads no values."""
+    if sum(metadata.depths) > len(tensors):
         raise ValueError(
-            f"{path} does not fit {metadata['variant']}: "
-            + "; ".join(f"{name} is {found.get(name)}, expected {expected.get(name)}" for name in differing)
+            f"depths are {metadata.depths}, with {len(tensors)} tensors: expected at least two tensors for each block"
         )
-    params = jax.tree_util.tree_unflatten(structure, [jnp.asarray(tensors[name]) for name in expected])
-    return Deployed(model, {"params": params}, preprocess, metadata)
+    template = metadata.abstract_params()
+    expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    differing = [
+        f"{shown(name)} is {shown(found.get(name, 'missing'))}, expected {shown(expected.get(name, 'no such tensor'))}"
+        for name in sorted({*expected, *found})
+        if expected.get(name) != found.get(name)
+    ]
+    if differing:
+        raise ValueError(f"the tensors do not fit {metadata.variant}: {_few(differing, '; ')}")
+    others = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    if others:
+        raise ValueError(f"{_few(others, ', ')}: expected float32 (float16, bfloat16 and float64 become it)")
+    return template
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"values that are not finite in float32 are in {_few(broken, ', ')}: the training diverged or the file is "
+            "damaged"
+        )
+
+
+def _name(path: Iterable[Any]) -> str:
+    return ".".join(entry.key for entry in path)
+
+
+def _few(names: list[str], separator: str) -> str:
+    more = f"{separator}and {len(names) - 3} more" if len(names) > 3 else ""
+    return separator.join(names[:3]) + more

@@ -1,0 +1,76 @@
+"""Fields of a record checked against their annotations, and the JSON they are read from."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from typing import Any, Literal, Union
+
+_LARGEST = 3.4e38  # of a float32
+_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", types.NoneType: "None"}
+
+
+def require_types(record: Any) -> None:
+    """See that each field of a dataclass or a NamedTuple holds what its annotation says.
+
+    A float is finite as a float32, and may be given as a whole number; a bool is no number.
+
+    Raises:
+      ValueError: one does not; it is named, with what it is and what was expected.
+    """
+    for name, hint in typing.get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{name} is {shown(value)}: expected {_described(hint)}")
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parse JSON that holds finite numbers alone.
+
+    Raises:
+      ValueError: it is no JSON, or holds NaN or Infinity, which JSON has not.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut to 60 characters."""
+    text = str(value) if isinstance(value, str) and value else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if kind is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(hints) and all(map(_fits, value, hints))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) <= _LARGEST  # which NaN is not
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    if kind is Literal:
+        return " or ".join(map(str, arguments))
+    if kind is tuple:
+        return f"a list of {'' if arguments[-1] is ... else f'{len(arguments)}, each '}{_described(arguments[0])}"
+    return _NAMES.get(hint) or f"a {hint.__name__}"
