@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repvgg_jax.files import require_writable
 from repvgg_jax.interop.preprocess import imagenet_preprocess
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.interop.weights_file import Weights, load_weights
@@ -18,7 +19,7 @@ from repvgg_jax.models import RepVGG, fuse_model
 from repvgg_jax.models.variants import canonical_name
 from repvgg_jax.reparam import Agreement, assert_equivalent
 
-_IMAGES = 8
+_IMAGES, _LARGEST_SIDE = 8, 512
 # The fold is proven in float64, where nothing but a mistake is this large; float32 only rounds.
 _FLOAT64_TOLERANCE, _FLOAT32_TOLERANCE = 1e-9, 1e-4
 
@@ -56,7 +57,8 @@ def fuse_weights(
       output: the file to write; None verifies alone.
       entry: which weights to take of a file that holds several; see `load_weights`.
       class_names: one for each logit; 'class 0', … where not given.
-      image_size: side length in pixels of the images the network is for; normalised as for ImageNet.
+      image_size: side length in pixels of the images the network is for; normalised as for ImageNet, gray ones by the
+        averages of ImageNet's three channels.
       strides: of the stem and of stage 1 to 4.
 
     Returns:
@@ -64,31 +66,53 @@ def fuse_weights(
 
     Raises:
       EquivalenceError: the forms are not the same function; nothing is written.
-      FileNotFoundError, ValueError, ImportError: as `load_weights`; or there are not as many names as classes.
+      FileNotFoundError, ValueError, ImportError: as `load_weights`; or there are not as many names as classes,
+        `output` is the file of the weights, or it is wanted of weights for images that are neither gray nor RGB.
+      OSError: the file cannot be written.
     """
     variant = canonical_name(variant)
+    if output is not None:
+        require_writable(Path(output))
+        if Path(output).exists() and Path(output).samefile(path):
+            raise ValueError(
+                f"output is {output}, the weights themselves: expected another file, since these are needed"
+            )
     loaded = load_weights(path, variant, entry=entry, strides=strides)
     names = [f"class {index}" for index in range(loaded.model.num_classes)] if class_names is None else class_names
     if len(names) != loaded.model.num_classes:
         raise ValueError(f"there are {len(names)} class names: expected {loaded.model.num_classes}, one for each logit")
+    channels = _channels(loaded)
+    if output is not None and channels not in (1, 3):
+        raise ValueError(
+            f"{path} has a stem of {channels} channels: expected 1 (gray) or 3 (RGB), which images are read as. "
+            "--check-only verifies without a file to write; in Python, fuse_model(*load_weights(PATH, VARIANT)) fuses"
+        )
+    preprocess = imagenet_preprocess(names, image_size=image_size, gray=channels == 1)
     model, variables = loaded
     found = None
     if not model.deploy:
         model, variables = fuse_model(*loaded)
         found = _prove(loaded, (model, variables), image_size)
     if output is not None:
-        save_deploy(Path(output), variant, model, variables, imagenet_preprocess(names, image_size=image_size))
+        save_deploy(Path(output), variant, model, variables, preprocess)
     return FusedWeights(found, loaded.source)
 
 
+def _channels(weights: Weights) -> int:
+    stem = weights.variables["params"]["stem"]
+    convolution = stem["reparam"] if weights.model.deploy else stem["branch_3x3"]["conv"]
+    return int(convolution["kernel"].shape[2])
+
+
 def _prove(loaded: Weights, fused: tuple[RepVGG, Any], image_size: int) -> Agreement:
-    channels = loaded.variables["params"]["stem"]["branch_3x3"]["conv"]["kernel"].shape[2]
-    noise = np.random.default_rng(0).normal(size=(_IMAGES, image_size, image_size, channels))
+    # Sides of 512 pixels at most: what is wrong with a kernel is wrong everywhere, and larger ones fill the memory.
+    side = min(image_size, _LARGEST_SIDE)
+    noise = np.random.default_rng(0).normal(size=(_IMAGES, side, side, _channels(loaded)))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), loaded.variables)
         forms = (loaded.model.clone(param_dtype=jnp.float64), wide)
-        # Two small images: float64 is slow, and what is wrong with a kernel is wrong everywhere.
-        small = jnp.asarray(noise[:2, : min(image_size, 64), : min(image_size, 64)])
+        # Two small images, since float64 is slow.
+        small = jnp.asarray(noise[:2, :64, :64])
         assert_equivalent(_logits(*forms, small), _logits(*fuse_model(*forms), small), rtol=_FLOAT64_TOLERANCE)
     images = jnp.asarray(noise, jnp.float32)
     with jax.default_matmul_precision("float32"):

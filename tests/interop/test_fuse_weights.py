@@ -1,12 +1,16 @@
+import re
+
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.interop import fuse_weights as module
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.torch import to_state_dict
+from repvgg_jax.predict import predict
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.command import _read_names, fuse_command
 from tests.random_variables import random_images, random_variables
@@ -134,3 +138,61 @@ def test_names_that_are_no_text_are_named_before_the_work(weights, tmp_path, cap
 def test_only_line_ends_part_names(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffa\u2028b\r\nc\x0bd\n".encode())
     assert _read_names(tmp_path / "names.txt") == ["a\u2028b", "c\x0bd"]
+
+
+def weights_of(channels, path, fused=False):
+    model = create_model("repvgg_a0", num_classes=3)
+    network = model, random_variables(model, (1, 16, 16, channels), dtype=np.float32)
+    path.write_bytes(safetensors.numpy.save(to_state_dict(*(fuse_model(*network) if fused else network))))
+    return path
+
+
+def test_weights_for_gray_images_are_saved_for_gray_images(tmp_path):
+    path = weights_of(1, tmp_path / "gray.safetensors", fused=True)
+    fuse_weights(path, "repvgg_a0", tmp_path / "deploy.safetensors", image_size=16)
+    deployed = load_deploy(tmp_path / "deploy.safetensors")
+    assert (deployed.preprocess.channels, deployed.preprocess.mean, deployed.preprocess.std) == (1, (0.449,), (0.226,))
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    assert [prediction.error for prediction in predict(deployed, [tmp_path / "red.png"])] == [None]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_for_images_that_nothing_reads_are_refused_before_the_proof(fused, tmp_path, monkeypatch):
+    path = weights_of(4, tmp_path / "x.safetensors", fused)
+    monkeypatch.setattr(module, "_prove", lambda *_: "proven")
+    assert fuse_weights(path, "repvgg_a0", None)[0] == (None if fused else "proven")
+    monkeypatch.delattr(module, "_prove")
+    with pytest.raises(ValueError, match=r"x.safetensors has a stem of 4 channels: expected 1 \(gray\) or 3 \(RGB\)"):
+        fuse_weights(path, "repvgg_a0", tmp_path / "deploy.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("nowhere/x", "No such file or directory: '{}/nowhere/x'"),
+        ("", "Is a directory: '{}'"),
+        ("a0.safetensors/x", "Not a directory: '{}/a0.safetensors/x'"),
+        ("x" * 300, "File name too long: '{}/xxx"),
+    ],
+    ids=["missing folder", "directory", "file as folder", "long name"],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_weights_are_read(
+    output, message, weights, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(module, "load_weights")
+    with pytest.raises(OSError, match=re.escape(message.format(tmp_path))):
+        fuse_weights(weights, "repvgg_a0", tmp_path / output)
+    assert [path.name for path in tmp_path.iterdir()] == ["a0.safetensors"]
+
+
+def test_the_weights_are_not_written_over(weights):
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match="the weights themselves"):
+        fuse_weights(weights, "repvgg_a0", weights.parent / ".." / weights.parent.name / weights.name)
+    assert weights.read_bytes() == before
+
+
+def test_an_image_size_without_pixels_is_refused(weights, capsys):
+    assert fuse_command([str(weights), "--variant", "repvgg_a0", "--image-size", "-1"]) == 2
+    assert "image_size is -1: expected 1 to 65535 pixels" in capsys.readouterr().err
