@@ -52,6 +52,8 @@ class DeployMetadata:
 
     def __post_init__(self) -> None:
         require_types(self)
+        if len(self.variant) > 60:
+            raise ValueError(f"variant is {shown(self.variant)}: expected one of repvgg_jax.VARIANTS")
         names = self.preprocess.class_names
         if len(names) != self.num_classes:
             raise ValueError(

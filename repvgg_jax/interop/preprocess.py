@@ -9,8 +9,8 @@ from typing import Literal
 from repvgg_jax.fields import require_types, shown
 
 Interpolation = Literal["bilinear", "bicubic"]
-# Side of an image in pixels: that of the largest JPEG.
-_LARGEST_SIDE = 65_535
+# Side of an image in pixels: one image takes gigabytes in a network then.
+_LARGEST_SIDE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Preprocess:
             raise ValueError(f"channels is {shown(self.channels)}: expected 1 (gray) or 3 (RGB)")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
-                raise ValueError(f"{name} is {shown(values)}: expected {self.channels} values, one for each channel")
+                raise ValueError(f"{name} is {shown(values)}: expected as many values as channels (={self.channels})")
         # Down to 1e-30 and up to 1e30, so that a normalised image is finite in float32.
         if any(std < 1e-30 for std in self.std):
             raise ValueError(f"std is {shown(self.std)}: expected positive numbers")

@@ -134,7 +134,10 @@ def _require_fitting(metadata: DeployMetadata, tensors: Mapping[str, _Tensor]) -
         if expected.get(name) != found.get(name)
     ]
     if differing:
-        raise ValueError(f"the tensors do not fit {metadata.variant}: {_few(differing, '; ')}")
+        raise ValueError(
+            f"the tensors do not fit {metadata.variant}, depths {metadata.depths}, width_multiplier "
+            f"{metadata.width_multiplier}, {metadata.preprocess.channels} channels: {_few(differing, '; ')}"
+        )
     others = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     if others:
         raise ValueError(f"{_few(others, ', ')}: expected float32 (float16, bfloat16 and float64 become it)")
