@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal, Union
 
 _LARGEST = 3.4e38  # of a float32
@@ -35,6 +36,18 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; its lists become tuples.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    value = read_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {shown(value)}, expected a JSON object")
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in value.items()}
 
 
 def shown(value: Any) -> str:

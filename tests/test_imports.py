@@ -17,7 +17,18 @@ MAY_IMPORT = {
     "models": {"reparam", "ops"},
     "data": {"terminal"},
     "interop": {"reparam", "ops", "models", "fields", "files", "terminal", "version"},
-    "training": {"reparam", "ops", "models", "data", "interop", "compilation_cache", "devices", "files", "terminal"},
+    "training": {
+        "reparam",
+        "ops",
+        "models",
+        "data",
+        "interop",
+        "compilation_cache",
+        "devices",
+        "fields",
+        "files",
+        "terminal",
+    },
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
 

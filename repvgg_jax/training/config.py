@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from repvgg_jax.fields import read_object, require_types
 from repvgg_jax.files import write_whole
 from repvgg_jax.models import RepVGG, create_model
-from repvgg_jax.training.fields import read_object, require_types
 
 # Every config that was ever saved holds these; where one is lacking, its default would be another network.
 _ALWAYS = ("variant", "strides", "depths", "width_multiplier", "dataset", "image_size", "mean", "std")

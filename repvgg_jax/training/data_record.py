@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from repvgg_jax.data import ImageDataset
+from repvgg_jax.fields import read_object, require_types
 from repvgg_jax.files import write_whole
-from repvgg_jax.training.fields import read_object, require_types
 
 
 class DataRecord(NamedTuple):

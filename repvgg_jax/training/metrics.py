@@ -9,9 +9,9 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from repvgg_jax.fields import read_json
 from repvgg_jax.files import write_whole
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.fields import read_json
 
 
 class MetricsLog:
