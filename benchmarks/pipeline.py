@@ -51,7 +51,8 @@ def jpeg_files(directory: Path, count: int) -> Source:
         coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), np.uint8))
         smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
         pixels = np.clip(smooth + random.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
-        path = directory / ("train" if number else "test") / "class" / f"{number}.jpg"
+        # Two classes, as a folder needs; the first file alone is for testing.
+        path = directory / ("train" if number else "test") / f"class{number % 2}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=90)
     return load_dataset(f"folder:{directory}").train
