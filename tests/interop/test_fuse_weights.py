@@ -195,4 +195,6 @@ def test_the_weights_are_not_written_over(weights):
 
 def test_an_image_size_without_pixels_is_refused(weights, capsys):
     assert fuse_command([str(weights), "--variant", "repvgg_a0", "--image-size", "-1"]) == 2
-    assert "image_size is -1: expected 1 to 8192 pixels" in capsys.readouterr().err
+    assert "image_size is -1: expected at least 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="image_size is 8193: expected 1 to 8192 pixels"):
+        fuse_weights(weights, "repvgg_a0", None, image_size=8193)
