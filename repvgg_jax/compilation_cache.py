@@ -32,7 +32,7 @@ def keep_compiled_programs() -> Kept:
 
     The place is `repvgg_jax/xla` in `XDG_CACHE_HOME` or `~/.cache`. `JAX_COMPILATION_CACHE_DIR` names another, and
     `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Programs that compile in less than a second are not kept. A
-    place that cannot be written is left alone, and the cache is off.
+    place that cannot be written, or whose name is not UTF-8, is left alone, and the cache is off.
 
     Returns:
       The directory, or None where the cache is off, and why.
@@ -43,6 +43,8 @@ def keep_compiled_programs() -> Kept:
     try:
         directory = chosen or str(_home() / "repvgg_jax" / "xla")
         if "://" not in directory:
+            if any("\ud800" <= character <= "\udfff" for character in directory):
+                raise ValueError(f"{directory} is not UTF-8, as JAX expects")
             os.makedirs(directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass

@@ -10,7 +10,7 @@ COMPILE = """
 import jax
 from repvgg_jax.compilation_cache import keep_compiled_programs
 kept = keep_compiled_programs()
-print(kept.directory, kept.reason, sep="|")
+print(kept.directory, ascii(kept.reason), sep="|")
 jax.jit(lambda x: x + 1)(0).block_until_ready()
 print("computed")
 """
@@ -30,7 +30,9 @@ LINUX = pytest.mark.skipif(
 def run(code, **variables):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "GLIBC_", "XLA_"))}
     environment = {**inherited, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **variables}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, errors="surrogateescape", env=environment
+    )
     output, _ = process.communicate()
     assert process.returncode == 0
     return process.pid, output.splitlines()
@@ -58,6 +60,8 @@ def test_another_place_is_respected_and_so_is_none(tmp_path):
         {"XDG_CACHE_HOME": "FILE"},
         {"XDG_CACHE_HOME": "", "HOME": "relative"},
         {"JAX_COMPILATION_CACHE_DIR": "FILE"},
+        {"XDG_CACHE_HOME": "FILE-caf\udce9"},
+        {"JAX_COMPILATION_CACHE_DIR": "FILE-caf\udce9"},
     ],
     ids=str,
 )
