@@ -6,16 +6,15 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from repvgg_jax.files import replace_whole
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.class_labels import class_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TRAIN, _TEST = "#7a869a", "#1f5fbf"
 # Of the confusion matrix. No picture shows more rows than it has pixels, and 20,000 classes squared take gigabytes.
@@ -25,11 +24,16 @@ _Draw = TypeVar("_Draw", bound=Callable[..., None])
 
 
 def _harmless(draw: _Draw) -> _Draw:
-    """Draw by matplotlib's own settings, not by those of the user's matplotlibrc, and warn where that fails."""
+    """Draw by matplotlib's own settings, not by those of the user's matplotlibrc, and warn where that fails.
+
+    matplotlib is imported here and below for the first time: an MPLBACKEND that it does not know ends the import.
+    """
 
     @functools.wraps(draw)
     def drawn(path: Path, *arguments: Any) -> None:
         try:
+            import matplotlib
+
             with matplotlib.rc_context(), warnings.catch_warnings():
                 # Of a layout that a long name spoils, or a sign that no font has.
                 warnings.simplefilter("ignore", UserWarning)
@@ -45,6 +49,9 @@ def _harmless(draw: _Draw) -> _Draw:
 @_harmless
 def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     """Draw loss and accuracy over the epochs, training beside test; a picture that is there is replaced at once."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, quantity, factor, unit in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("", " (%)"), strict=True
@@ -70,6 +77,10 @@ def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, clas
 
     Cells carry counts up to 20 classes. Above 1000, a row stands for several classes that follow each other.
     """
+    from matplotlib.figure import Figure
+
+    from repvgg_jax.training.class_labels import class_labels
+
     together = -(-len(class_names) // _MOST_ROWS)
     classes = -(-len(class_names) // together)
     counts = np.zeros((classes, classes), int)
@@ -99,6 +110,8 @@ def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, clas
 @_harmless
 def draw_differences(path: Path, differences: np.ndarray, max_reference: float) -> None:
     """Draw how the deploy form's logits differ from the training form's, over all test images and classes."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     reach = float(np.abs(differences).max()) or 1e-12

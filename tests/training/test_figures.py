@@ -1,8 +1,13 @@
+import os
+import subprocess
+import sys
+
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from repvgg_jax.training import figures
 from repvgg_jax.training.class_labels import class_labels
 from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
 
@@ -63,7 +68,7 @@ def test_a_name_that_no_font_at_hand_draws_is_shown_by_its_place(monkeypatch):
 
 def test_thousands_of_classes_share_rows(tmp_path, monkeypatch):
     drawn = []
-    imshow = figures.Figure.subplots
+    imshow = Figure.subplots
 
     def recording(self):
         axes = imshow(self)
@@ -71,7 +76,7 @@ def test_thousands_of_classes_share_rows(tmp_path, monkeypatch):
         monkeypatch.setattr(axes, "imshow", lambda shares, **rest: (drawn.append(shares), show(shares, **rest))[1])
         return axes
 
-    monkeypatch.setattr(figures.Figure, "subplots", recording)
+    monkeypatch.setattr(Figure, "subplots", recording)
     labels = np.arange(2500)
     draw_confusion(tmp_path / "c.png", labels, np.where(labels < 3, 2499, labels), [str(i) for i in labels])
     (shares,) = drawn
@@ -88,7 +93,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_and_leaves_the_earlier_one(
     def broken(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures.Figure, "savefig", broken)
+    monkeypatch.setattr(Figure, "savefig", broken)
     for draw, arguments in (
         (draw_curves, ([],)),
         (draw_confusion, (np.zeros(1, int), np.zeros(1, int), ["a"])),
@@ -101,8 +106,22 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_and_leaves_the_earlier_one(
 
 
 def test_the_users_settings_of_matplotlib_do_not_reach_the_pictures(tmp_path, monkeypatch):
-    monkeypatch.setitem(figures.matplotlib.rcParams, "text.usetex", True)
-    monkeypatch.setitem(figures.matplotlib.rcParams, "font.family", ["no such font"])
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["no such font"])
     draw_curves(tmp_path / "c.png", [])
     assert is_a_picture(tmp_path / "c.png")
-    assert figures.matplotlib.rcParams["text.usetex"]
+    assert matplotlib.rcParams["text.usetex"]
+
+
+def test_a_backend_that_matplotlib_does_not_know_stops_nothing(tmp_path):
+    script = """
+import sys, repvgg_jax.training.loop
+from repvgg_jax.training.figures import draw_curves, draw_differences
+import numpy as np
+draw_curves(sys.argv[1], [])
+draw_differences(sys.argv[1], np.zeros((5, 3)), 1.0)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "c.png")]
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert result.stderr.count("c.png could not be drawn: ValueError: Key backend: 'nonsense'") == 2
