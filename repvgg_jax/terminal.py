@@ -13,8 +13,9 @@ from typing import Any, TextIO
 
 # Categories of control characters, lone surrogates (bytes that are not UTF-8), line and paragraph separators.
 _COMMANDS = {"Cc", "Cs", "Zl", "Zp"}
-# What turns the direction of the text after it, and so can show one name as another.
+# What turns the direction of the text beside it unseen, and so can show one name as another: signs, and marks.
 _TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_MARKS = "\u200e\u200f\u061c"
 
 
 def printable(text: str) -> str:
@@ -35,7 +36,8 @@ def printable(text: str) -> str:
 
 
 def _commands(character: str) -> bool:
-    return unicodedata.category(character) in _COMMANDS or unicodedata.bidirectional(character) in _TURNS
+    turns = character in _MARKS or unicodedata.bidirectional(character) in _TURNS
+    return turns or unicodedata.category(character) in _COMMANDS
 
 
 def _escaped(character: str) -> str:

@@ -45,6 +45,7 @@ def shell(line, **variables):
         ("cat\r\tdog\x7f\x9b", r"cat\r\tdog\x7f\x9b"),
         ("cat\u2028dog", r"cat\u2028dog"),
         ("cat\u202egnp.exe", r"cat\u202egnp.exe"),
+        ("\u200fa\u200e\u061c", r"\u200fa\u200e\u061c"),
         (os.fsdecode(b"caf\xe9.jpg"), r"caf\xe9.jpg"),
         ("\ud800", r"\ud800"),
     ],
