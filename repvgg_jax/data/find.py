@@ -77,18 +77,23 @@ def list_directory(directory: str | os.PathLike[str]) -> Found:
     return found
 
 
-def find_images(directory: str | os.PathLike[str]) -> Found:
+def find_images(directory: str | os.PathLike[str], read: set[tuple[int, int]] | None = None) -> Found:
     """Find the images in a directory and below it, as `list_directory` does in one.
 
     Linked directories are entered, but none is read twice, and none that the directory itself lies in: links may lead
     in circles.
+
+    Args:
+      directory: where to search.
+      read: directories (device, inode) that earlier searches have read; this one leaves them out, and adds its own.
 
     Returns:
       What was found; the images are sorted by path, and no directory is left to enter.
     """
     found = Found()
     pending = deque([str(Path(directory))])
-    seen = {_identity(above) for above in Path(directory).resolve().parents}
+    read = set() if read is None else read
+    around = {_identity(above) for above in Path(directory).resolve().parents}
     while pending:
         path = pending.popleft()
         try:
@@ -96,10 +101,10 @@ def find_images(directory: str | os.PathLike[str]) -> Found:
         except OSError as error:
             found.unreadable[path] = error.strerror or str(error)
             continue
-        if identity in seen:
+        if identity in read or identity in around:
             found.left_out.append(LeftOut("link in a circle, or to a directory that is read already", path))
             continue
-        seen.add(identity)
+        read.add(identity)
         here = list_directory(path)
         # Links come last, so that a file is found where it lies rather than by a link to its directory.
         pending.extendleft(below for below in reversed(here.directories) if not os.path.islink(below))

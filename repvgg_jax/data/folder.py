@@ -25,7 +25,8 @@ def load_folder(path: str | os.PathLike[str], *, seed: int = 0) -> ImageDataset:
 
     Two layouts: `PATH/train/CLASS/` with `PATH/test/CLASS/` (or `validation`, or `val`: the first that has
     directories of the classes in train), and `PATH/CLASS/`, of which a fifth of each class, at least one image, is
-    drawn for testing. The images of a class are those that `find_images` finds in its directory and below.
+    drawn for testing. The images of a class are those that `find_images` finds in its directory and below. No directory
+    is read twice, whatever links lead to it: an image would have two labels, or be trained on and tested with.
 
     Args:
       path: the directory.
@@ -47,7 +48,7 @@ def load_folder(path: str | os.PathLike[str], *, seed: int = 0) -> ImageDataset:
         train, test = _read_splits(root, left_out)
         _require_two_classes(root / "train", list(train))
     else:
-        classes = _read_classes(root, left_out)
+        classes = _read_classes(root, left_out, set())
         _require_two_classes(root, list(classes))
         train, test = _draw_split(classes, seed)
     class_names = tuple(train)
@@ -80,8 +81,11 @@ def _class_directories(path: Path) -> list[str]:
     return [os.path.basename(directory) for directory in list_directory(path).directories] if path.is_dir() else []
 
 
-def _read_classes(path: Path, left_out: list[LeftOut]) -> dict[str, list[str]]:
-    """The images of each class in a directory of class directories; what else is there goes to `left_out`."""
+def _read_classes(path: Path, left_out: list[LeftOut], read: set[tuple[int, int]]) -> dict[str, list[str]]:
+    """The images of each class in a directory of class directories; what else is there goes to `left_out`.
+
+    Directories that are in `read` already are left out too; those of the classes are added.
+    """
     here = list_directory(path)
     _require_readable(here.unreadable)
     names = [os.path.basename(directory) for directory in here.directories]
@@ -90,7 +94,10 @@ def _read_classes(path: Path, left_out: list[LeftOut]) -> dict[str, list[str]]:
     _refuse_splits_as_classes(path, names)
     left_out += here.left_out
     left_out += [LeftOut("image in no class directory", image) for image in here.images]
-    found = {name: find_images(path / name) for name in names}
+    # Links come last, so that images are of the class in whose directory they lie.
+    found = {
+        name: find_images(path / name, read) for name in sorted(names, key=lambda name: os.path.islink(path / name))
+    }
     for in_class in found.values():
         _require_readable(in_class.unreadable)
         left_out += in_class.left_out
@@ -101,19 +108,21 @@ def _read_classes(path: Path, left_out: list[LeftOut]) -> dict[str, list[str]]:
             f"{_shown(path)}: no images in the class directories {_list(empty)}; expected files ending in "
             f"{', '.join(EXTENSIONS)}{f'. In {there}' if there else ''}"
         )
-    return {name: in_class.images for name, in_class in found.items()}
+    return {name: found[name].images for name in names}
 
 
 def _read_splits(root: Path, left_out: list[LeftOut]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     here = list_directory(root)
     _require_readable(here.unreadable)
     held_out = [root / name for name in _HELD_OUT if (root / name).is_dir()]
+    others = [name for name in map(os.path.basename, here.directories) if name != "train"]
     if not held_out:
         raise FileNotFoundError(
-            f"{_shown(root)} has train/ but none of test/, validation/ and val/; add one, or remove the train/ "
-            "level to have the split drawn"
+            f"{_shown(root)} has train/{f', {_list(others)}' if others else ''}, but none of test/, validation/ and "
+            "val/: add one, give one of them that name, or remove the train/ level to have the split drawn"
         )
-    train = _read_classes(root / "train", left_out)
+    read: set[tuple[int, int]] = set()
+    train = _read_classes(root / "train", left_out, read)
     classes = {directory: set(_class_directories(directory)) for directory in held_out}
     with_classes = [directory for directory in held_out if classes[directory]] or held_out
     # Test images without labels often lie flat, or in one directory of any name, beside a labelled validation split.
@@ -124,7 +133,7 @@ def _read_splits(root: Path, left_out: list[LeftOut]) -> tuple[dict[str, list[st
             f"{_shown(chosen)} has classes that {_shown(root / 'train')} lacks: {_list(unknown)}; train has "
             f"{_list(train)}"
         )
-    test = _read_classes(chosen, left_out)
+    test = _read_classes(chosen, left_out, read)
     left_out += here.left_out
     left_out += [LeftOut("image in no class directory", image) for image in here.images]
     for path in here.directories:
@@ -166,7 +175,7 @@ def _require_two_classes(path: Path, names: list[str]) -> None:
     if len(names) > 1:
         return
     below = _class_directories(path / names[0])
-    deeper = f". If {_list(below)} in it are the classes, leave the level out" if below else ""
+    deeper = f". If {_list(below)} in it are the classes or the splits, name {_shown(path / names[0])}" if below else ""
     raise ValueError(
         f"{_shown(path)} has the one class directory {printable(names[0])}: expected two or more, as there is nothing "
         f"to tell apart otherwise{deeper}"

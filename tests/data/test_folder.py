@@ -6,7 +6,7 @@ import pytest
 
 from repvgg_jax.data import load_dataset
 from repvgg_jax.data.folder import load_folder
-from tests.data.tiny_data import encode, noise
+from tests.data.tiny_data import encode, lock_directories, noise
 
 
 def write_images(directory: Path, count: int, suffix: str = ".png", channels: int = 3) -> None:
@@ -92,7 +92,15 @@ def test_empty_classes_are_named(tmp_path):
 
 def test_train_without_a_test_split_is_an_error(tmp_path):
     write_images(tmp_path / "train" / "a", 2)
-    with pytest.raises(FileNotFoundError, match="none of test/, validation/ and val/"):
+    with pytest.raises(FileNotFoundError, match="has train/, but none of test/, validation/ and val/"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["valid", "Test", "testing"])
+def test_a_split_of_another_name_is_named(tmp_path, name):
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / name / "a", 2)
+    with pytest.raises(FileNotFoundError, match=rf"has train/, {name}, but none of .*: add one, give one of them that"):
         load_folder(tmp_path)
 
 
@@ -186,7 +194,9 @@ def test_splits_without_classes_are_not_taken_for_classes(tmp_path, names):
 def test_a_level_too_much_is_named(tmp_path):
     write_images(tmp_path / "pets" / "cat", 3)
     write_images(tmp_path / "pets" / "dog", 3)
-    with pytest.raises(ValueError, match=r"one class directory pets: .* If cat, dog in it are the classes"):
+    with pytest.raises(
+        ValueError, match=r"one class directory pets: .* If cat, dog in it are the classes .*, name .*/pets$"
+    ):
         load_folder(tmp_path)
     assert load_folder(tmp_path / "pets").class_names == ("cat", "dog")
 
@@ -216,17 +226,39 @@ def test_a_flat_test_split_alone_says_what_was_expected(tmp_path):
         load_folder(tmp_path)
 
 
+@pytest.mark.parametrize("link", ["first", "last", "train/last"])
+def test_a_directory_that_is_read_as_another_class_is_no_class(tmp_path, link):
+    level = tmp_path / "train" if link.startswith("train") else tmp_path
+    for name in ("horse", "mouse"):
+        write_images(level / name, 3)
+        write_images(tmp_path / "test" / name, 3) if level != tmp_path else None
+    (tmp_path / link).symlink_to(level / "horse")
+    name = os.path.basename(link)
+    with pytest.raises(FileNotFoundError, match=rf"in the class directories {name}; .* read already \({name}\)$"):
+        load_folder(tmp_path)
+
+
+def test_images_of_another_class_are_left_out_wherever_links_lead(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 3)
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "a")
+    dataset = load_folder(tmp_path)
+    assert sorted(files(dataset.train) + files(dataset.test)) == [f"{c}/0{i}.png" for c in "ab" for i in range(3)]
+    assert "or to a directory that is read already (b/back)" in dataset.left_out
+
+
+def test_training_images_are_no_test_images(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / "train" / name, 3)
+    (tmp_path / "test").symlink_to("train")
+    with pytest.raises(FileNotFoundError, match=r"test: no images in .* a, b; .* a directory that is read already"):
+        load_folder(tmp_path)
+
+
 def test_a_directory_that_cannot_be_read_is_no_smaller_data_set(tmp_path, monkeypatch):
     for name in ("a", "b", "b/locked"):
         write_images(tmp_path / name, 2)
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    lock_directories(monkeypatch)
     with pytest.raises(OSError, match=r"b/locked cannot be read \(Permission denied\)"):
         load_folder(tmp_path)
 

@@ -1,6 +1,7 @@
-"""Tiny images and data sets for the tests of this directory."""
+"""Tiny images and data sets."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,18 @@ def encode(image: np.ndarray | Image.Image, file_format: str = "PNG") -> bytes:
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def lock_directories(monkeypatch) -> None:
+    """Refuses the directories called 'locked', as the system does to those who may not read them; root may read all."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
 
 
 def write_tfds(
