@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ class Prediction(NamedTuple):
     Attributes:
       path: of the image.
       classes: `(name, probability)`, the likeliest first.
-      error: why there are no classes, or None.
+      error: why there are no classes, without the path; or None.
     """
 
     path: str
@@ -95,26 +94,17 @@ def predict(
 
 
 def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
+    """The image as the network takes it, or why there is none."""
     try:
-        _require_file(path)
+        if os.path.isdir(path):
+            os.scandir(path).close()  # raises why it cannot be read
+            return f"holds no image: {_EXPECTED}"
         image = read_image(path, preprocess.channels)
         return fit(image, preprocess.image_size, preprocess.eval_resize, preprocess.interpolation)
-    except OSError as error:
-        return f"{path}: {error.strerror or error}"
     # Whatever it is, a MemoryError too, it is of this image: the others are classified.
     except Exception as error:
-        message = str(error) or type(error).__name__
-        return message if path in message else f"{path}: {message}"
-
-
-def _require_file(path: str) -> None:
-    """Refuse what has no end, or waits for a writer, and say why a directory is here."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        os.scandir(path).close()
-        raise ValueError(f"{path} holds no image: {_EXPECTED}")
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is no regular file: expected an image file")
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        return reason.removeprefix(f"{printable(path)}: ")
 
 
 def find_images(
@@ -143,7 +133,7 @@ def find_images(
         elif os.path.isdir(argument):
             below = _below(argument, say)
             if not below:
-                raise FileNotFoundError(f"{argument} holds no image: {_EXPECTED}")
+                raise FileNotFoundError(f"{printable(argument)} holds no image: {_EXPECTED}")
             found += below
         else:
             found.append(argument)
@@ -223,7 +213,7 @@ def _classify(arguments: Sequence[str], output: Output) -> int:
             if parsed.as_json:
                 print(json.dumps(_as_json(prediction)), flush=True)
             elif prediction.error is not None:
-                fail(prediction.error, 1)
+                fail(f"{printable(prediction.path)}: {prediction.error}", 1)
             else:
                 shown = [f"{100 * probability:8.2f} %  {printable(name)}" for name, probability in prediction.classes]
                 print("\n".join([printable(prediction.path), *shown]), flush=True)

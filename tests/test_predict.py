@@ -21,6 +21,8 @@ from repvgg_jax.data.folder import load_folder
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
 from repvgg_jax.predict import find_images, main, predict, read_list
+from repvgg_jax.terminal import printable
+from tests.data.tiny_data import lock_directories
 from tests.random_variables import random_variables
 
 NAMES = ("cat", "dog", "fish", "bird", "Frösche")
@@ -170,6 +172,27 @@ def test_names_reach_the_terminal_as_text_alone(place, tmp_path, capsys):
     assert "\x1b" not in output.err
 
 
+@pytest.mark.parametrize(
+    "name", [b"broken.png", b"caf\xe9.png", b"a\n.png", b"\x1b[2J.png", b"no\xe9.png", b"pipe\n.png"]
+)
+def test_an_error_names_its_image_once(place, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    image = os.fsdecode(name)
+    if name.startswith(b"pipe"):
+        os.mkfifo(image)
+    elif not name.startswith(b"no"):
+        Path(image).write_bytes(b"not an image")
+    reason = {"n": "No such file or directory", "p": "is no regular file"}.get(
+        image[0], "cannot be decoded as an image"
+    )
+    assert main([str(place / "deploy.safetensors"), image]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {printable(image)}: {reason}")
+    assert main([str(place / "deploy.safetensors"), image, "--json"]) == 1
+    line = json.loads(capsys.readouterr().out)
+    assert line["path"] == image
+    assert line["error"].startswith(reason)
+
+
 def test_a_jax_that_cannot_start_is_told_in_a_line(place, monkeypatch, capsys):
     def fails():
         raise AssertionError
@@ -242,8 +265,7 @@ def test_any_exception_of_one_image_is_told_and_the_others_are_classified(place,
 
     monkeypatch.setattr("repvgg_jax.predict.read_image", read)
     first, second, third = predict(load_deploy(place / "deploy.safetensors"), paths)
-    assert first.error == f"{paths[0]}: MemoryError"
-    assert second.error == f"{paths[1]}: too deep"
+    assert (first.error, second.error) == ("MemoryError", "too deep")
     assert third.error is None
     assert third.classes
 
@@ -252,17 +274,10 @@ def test_a_directory_that_cannot_be_read_is_an_error_of_its_own(place, tmp_path,
     for name in ("a.png", "locked/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((place / "images" / "a.png").read_bytes())
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    lock_directories(monkeypatch)
     good, locked = predict(load_deploy(place / "deploy.safetensors"), find_images([str(tmp_path)]))
     assert good.error is None
-    assert locked.error == f"{tmp_path / 'locked'}: Permission denied"
+    assert (locked.path, locked.error) == (str(tmp_path / "locked"), "Permission denied")
 
 
 @pytest.mark.parametrize(

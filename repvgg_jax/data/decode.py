@@ -80,7 +80,7 @@ def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> 
     except Exception as error:
         raise ValueError(
             f"{name}: cannot be decoded as an image ({_explain(error)}); "
-            "replace or remove it (JPEG, PNG, WebP and BMP are supported)"
+            f"replace or remove it ({', '.join(_FORMATS)} are read)"
         ) from error
     if refusal is not None:
         raise ValueError(f"{name}: {refusal}")

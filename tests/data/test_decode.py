@@ -66,6 +66,14 @@ def test_a_broken_file_is_named(tmp_path, damage, file_format):
         read_image(path, 3)
 
 
+@pytest.mark.parametrize("file_format", ["ICO", "TGA", "PCX"])
+def test_a_format_that_is_not_read_names_those_that_are(file_format):
+    with pytest.raises(
+        ValueError, match=r"no known image format\); replace or remove it \(JPEG, PNG, WEBP, .* are read"
+    ):
+        read_image(encode(noise(16, 16, 3), file_format), 3)
+
+
 def test_a_missing_file_is_reported_as_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_image(tmp_path / "nowhere.png", 3)
