@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from repvgg_jax.data.locate import expand_home
+from repvgg_jax.data.locate import tfds_directory
 
 TEST_SIZE = 360
 
@@ -63,14 +63,14 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": _png(images[index]), "label": int(labels[index])}
 
 
-def prepare_digits(data_dir: str | os.PathLike[str]) -> None:
+def prepare_digits(data_dir: str | os.PathLike[str] | None) -> None:
     """Writes the digits into `data_dir` in the TFDS layout, unless they are there; takes about a second.
 
     An interrupted run leaves nothing that would be read: TFDS writes beside the final directory and
     renames at the end.
     """
     with _quiet():
-        builder = Digits(data_dir=str(expand_home(data_dir)), file_format="array_record")
+        builder = Digits(data_dir=str(tfds_directory(data_dir)), file_format="array_record")
         try:
             builder.download_and_prepare()
         except OSError:

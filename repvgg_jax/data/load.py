@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from repvgg_jax.data.dataset import ImageDataset
 from repvgg_jax.data.folder import load_folder
-from repvgg_jax.data.locate import default_data_dir
 
 
 def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> ImageDataset:
@@ -34,6 +33,5 @@ def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> Im
     if name.partition(":")[0] == "digits":
         from repvgg_jax.data.digits import prepare_digits
 
-        data_dir = str(data_dir or default_data_dir())
         prepare_digits(data_dir)
     return load_prepared(name, data_dir)

@@ -13,24 +13,44 @@ _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w+.-]+))?(:(?P<version>(\d+|\*)
 _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 
 
-def default_data_dir() -> Path:
-    """TFDS' own default: the environment variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
-    return expand_home(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+def tfds_directory(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The directory of TFDS data sets: `data_dir`, else that which `TFDS_DATA_DIR` names, else `~/tensorflow_datasets`.
+
+    Returns:
+      An absolute path, so that nobody expands a `~` in it again.
+
+    Raises:
+      FileNotFoundError: it begins with a home directory that is not known.
+      ValueError: its name is not UTF-8, as the files in it must have it.
+    """
+    root = expand_home(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
+    try:
+        str(root).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"data_dir {printable(str(root))} is not UTF-8: array_record files can neither be written nor read there; "
+            "name another, or a link to it"
+        ) from error
+    return root
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` and `~USER` replaced by the home directory.
+    """The path with `~` and `~USER` at its beginning replaced by the home directory.
+
+    Args:
+      path: as text, since a `Path` does not tell `./~USER`, which is a directory of that name, from `~USER`.
 
     Raises:
       FileNotFoundError: there is no such user, or no home directory is known.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
+    named = os.fspath(path)
+    expanded = os.path.expanduser(named)
+    if named.startswith("~") and expanded == named:
         raise FileNotFoundError(
-            f"{printable(os.fspath(path))} begins with the home directory of a user, which is not known here: write "
+            f"{printable(named)} begins with the home directory of a user, which is not known here: write "
             "the directory out, or ./~NAME for a directory of that name"
-        ) from error
+        )
+    return Path(expanded)
 
 
 def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
@@ -47,9 +67,9 @@ def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     Raises:
       FileNotFoundError: `data_dir` is missing or the data set has not been prepared there; the message
         gives the command that prepares it.
-      ValueError: no such name, or several configs to choose from.
+      ValueError: no such name, several configs to choose from, or a `data_dir` that is not UTF-8.
     """
-    root = default_data_dir() if data_dir is None else expand_home(data_dir)
+    root = tfds_directory(data_dir)
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(

@@ -274,3 +274,10 @@ def test_names_in_errors_command_no_terminal(tmp_path):
 def test_no_directory_and_an_unknown_home_are_refused(path):
     with pytest.raises(FileNotFoundError, match=r"names no directory|home directory of a user, which is not known"):
         load_dataset(f"folder:{path}")
+
+
+def test_a_folder_whose_name_begins_with_a_tilde_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_images(tmp_path / "~nobody-of-that-name" / name, 2)
+    assert load_dataset("folder:./~nobody-of-that-name").class_names == ("a", "b")

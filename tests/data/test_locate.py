@@ -1,7 +1,7 @@
 import pytest
 
 from repvgg_jax.data import load_dataset
-from repvgg_jax.data.locate import default_data_dir, locate
+from repvgg_jax.data.locate import locate, tfds_directory
 
 
 def prepare(directory):
@@ -80,7 +80,7 @@ def test_the_default_directory_is_that_of_tfds(tmp_path, monkeypatch):
     prepare(tmp_path / "some" / "1.0.0")
     assert locate("some", None) == tmp_path / "some" / "1.0.0"
     monkeypatch.delenv("TFDS_DATA_DIR")
-    assert default_data_dir().parts[-1] == "tensorflow_datasets"
+    assert tfds_directory(None).parts[-1] == "tensorflow_datasets"
 
 
 def test_an_unknown_home_is_named(tmp_path, monkeypatch):
@@ -89,3 +89,16 @@ def test_an_unknown_home_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "~nobody-of-that-name")
     with pytest.raises(FileNotFoundError, match="write the directory out"):
         load_dataset("digits")
+
+
+def test_a_directory_whose_name_begins_with_a_tilde_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path / "~nobody-of-that-name" / "some" / "1.0.0")
+    assert locate("some", "./~nobody-of-that-name") == tmp_path / "~nobody-of-that-name" / "some" / "1.0.0"
+    assert len(load_dataset("digits", data_dir="./~nobody-of-that-name").train) == 1437
+
+
+@pytest.mark.parametrize("name", ["some", "digits"])
+def test_a_directory_that_is_not_utf_8_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"caf\\xe9 is not UTF-8: array_record files can neither be written nor read"):
+        load_dataset(name, data_dir=f"{tmp_path}/caf\udce9")
