@@ -13,7 +13,7 @@ from repvgg_jax.terminal import printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What archives, network drives and file systems put among one's files: copies and thumbnails of them, and rubbish.
-_SYSTEM_DIRECTORIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+_SYSTEM_DIRECTORIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _KINDS_SHOWN = 5
 
 

@@ -171,7 +171,7 @@ def test_what_is_not_read_is_counted_in_one_line(tmp_path):
 
 
 def test_names_of_the_system_and_hidden_names_are_passed_over(tmp_path):
-    for name in ("a", "b", ".cache", "__MACOSX", "@eaDir", "a/.hidden", "a/__MACOSX"):
+    for name in ("a", "b", ".cache", "__MACOSX", "@eaDir", "System Volume Information", "a/.hidden", "a/__MACOSX"):
         write_images(tmp_path / name, 2)
     (tmp_path / "a" / "._00.png").write_bytes(b"resource fork")
     (tmp_path / ".DS_Store").write_bytes(b"")
