@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 from repvgg_jax.fields import read_object, require_types
 from repvgg_jax.files import write_whole
+from repvgg_jax.interop.deploy_metadata import DeployMetadata
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG, create_model
 
 # Every config that was ever saved holds these; where one is lacking, its default would be another network.
@@ -187,7 +190,6 @@ class TrainConfig:
             (self.mean, self.std),
             "both or neither",
         )
-        _require(self.std is None or min(self.std) > 0, "std", self.std, "positive numbers")
         size, resize = self.eval_image_size, self.eval_resize
         _require(size is None or size >= 1, "eval_image_size", size, "at least 1")
         _require(
@@ -196,6 +198,12 @@ class TrainConfig:
             resize,
             f"at least {'image_size' if size is None else 'eval_image_size'} (={self.evaluation_size})",
         )
+        channels = 1 if self.mean is None else len(self.mean)
+        _require(channels in (1, 3), "mean", self.mean, "1 value for gray images, 3 for RGB")
+        # What no deploy form can be saved with would otherwise be found when the training is over.
+        stand_in = Preprocess(self.evaluation_size, 1, (0.0,), (1.0,), self.eval_resize, class_names=("any",))
+        preprocess = stand_in if self.mean is None else self.preprocess(class_names=("any",))
+        DeployMetadata.of(self.variant, self.create_model(num_classes=1).clone(deploy=True), preprocess)
 
     def create_model(self, num_classes: int) -> RepVGG:
         """Build the network, in its training form."""
@@ -208,6 +216,22 @@ class TrainConfig:
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
             frozen=self.frozen,
+        )
+
+    def preprocess(self, class_names: Sequence[str]) -> Preprocess:
+        """What the network expects of an image, and what its logits are called.
+
+        Raises:
+          ValueError: the normalisation is not filled in, or as `Preprocess`.
+        """
+        mean, std = self.normalization
+        return Preprocess(
+            image_size=self.evaluation_size,
+            channels=len(mean),
+            mean=mean,
+            std=std,
+            eval_resize=self.eval_resize,
+            class_names=tuple(class_names),
         )
 
     @property

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
 from repvgg_jax.interop.exportable import OPSET
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.checkpoints import Checkpoints
@@ -110,19 +109,10 @@ def finish(
     comparison.check()
     if check_only or not is_primary():
         return comparison
-    mean, std = config.normalization
-    preprocess = Preprocess(
-        image_size=config.evaluation_size,
-        channels=dataset.channels,
-        mean=mean,
-        std=std,
-        eval_resize=config.eval_resize,
-        class_names=dataset.class_names,
-    )
     weights = workdir / "deploy.safetensors"
     remedy = f"make room or give permission, and run: python fuse.py {workdir}"
     try:
-        save_deploy(weights, config.variant, deploy_model, deploy_variables, preprocess)
+        save_deploy(weights, config.variant, deploy_model, deploy_variables, config.preprocess(dataset.class_names))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{weights} could not be written: {error}. The checkpoints are whole: {remedy}") from error
     try:

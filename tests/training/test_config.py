@@ -9,6 +9,7 @@ import pytest
 
 import repvgg_jax.training.config as config_module
 import repvgg_jax.training.presets as presets_module
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.training import PRESETS, TrainConfig
 
 
@@ -52,6 +53,30 @@ from repvgg_jax.training import PRESETS, TrainConfig
 def test_a_value_out_of_range_is_refused_by_field(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(eval_image_size=8193), "image_size is 8193: expected 1 to 8192 pixels"),
+        (dict(eval_resize=8193), "eval_resize is 8193: expected .*at most 8192 pixels"),
+        (dict(depths=(1, 1, 600, 1)), r"depths are \(1, 1, 600, 1\): expected at most 512 blocks"),
+        (dict(width_multiplier=(1.0, 1.0, 1.0, 200.0)), "width_multiplier is .*at most 65536 channels"),
+        (dict(mean=(0.5, 0.5), std=(0.5, 0.5)), "mean is .*expected 1 value for gray images, 3 for RGB"),
+        (dict(mean=(), std=()), "mean is .*expected 1 value for gray images, 3 for RGB"),
+        (dict(mean=(1e38,), std=(1e-3,)), "mean is .*expected numbers of the size of pixels"),
+        (dict(mean=(0.5,), std=(1e-45,)), "std is .*expected positive numbers"),
+        (dict(mean=(0.5,), std=(1e-39,)), "std is .*expected positive numbers"),
+    ],
+)
+def test_what_no_deploy_form_can_be_saved_with_is_refused_before_training(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_the_preprocessing_of_a_config_is_that_of_its_evaluation():
+    config = TrainConfig(image_size=8, eval_image_size=16, eval_resize=20, mean=(0.5,), std=(0.25,))
+    assert config.preprocess(["a", "b"]) == Preprocess(16, 1, (0.5,), (0.25,), 20, ("a", "b"))
 
 
 FLOATS = [name for name, hint in typing.get_type_hints(TrainConfig).items() if "float" in str(hint) and name != "dtype"]
