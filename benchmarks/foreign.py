@@ -23,6 +23,7 @@ from flax import nnx
 from tabulate import tabulate
 
 from benchmarks.batch_norms import Arithmetic, channel_arithmetic
+from benchmarks.command import end_with, whole
 from benchmarks.speed import machine
 from examples.other_libraries import from_equinox, from_haiku, from_keras, from_linen, from_nnx
 from repvgg_jax import reparameterize
@@ -208,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = {f"{library}/{name}": (library, name) for library, (_, names) in LIBRARIES.items() for name in names}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(known), choices=list(known), metavar="LIBRARY/NETWORK")
-    parser.add_argument("--side", type=int, default=224, help="of the square images, in pixels")
+    parser.add_argument("--side", type=whole, default=224, help="of the square images, in pixels")
     options = parser.parse_args(arguments)
     setting = machine()
     rows = []
@@ -220,4 +221,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from tabulate import tabulate
 
+from benchmarks.command import end_with, whole
 from repvgg_jax import create_model
+from repvgg_jax.devices import require_devices
 
 HEADERS = ("form", "batch", "weights", "activations", "all")
 
@@ -42,17 +44,18 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", nargs="?", default="repvgg_a0")
-    parser.add_argument("--size", type=int, default=224, help="side of the images")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--size", type=whole, default=224, help="side of the images")
+    parser.add_argument("--batches", type=whole, nargs="+", default=[1, 32, 256])
     options = parser.parse_args()
+    device = require_devices()[0]
     rows = [
         (form, batch, *(f"{value:,.1f}" for value in megabytes(options.variant, form, batch, options.size)))
         for batch in options.batches
         for form in ("training form", "deploy form", "gradients")
     ]
-    print(f"{options.variant}, {options.size}×{options.size}, float32, {jax.devices()[0].device_kind}, MB")
+    print(f"{options.variant}, {options.size}×{options.size}, float32, {device.device_kind}, MB")
     print(tabulate(rows, HEADERS, disable_numparse=True, colalign=("left", *["right"] * 4)))
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

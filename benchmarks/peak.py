@@ -1,11 +1,14 @@
 """The two ceilings of a device: `python -m benchmarks.peak [SIDE]`. A large matrix product, and a large copy."""
 
-import sys
+import argparse
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.command import end_with, whole
+from repvgg_jax.devices import require_devices
 
 
 def seconds(function, *operands) -> float:
@@ -21,9 +24,12 @@ def seconds(function, *operands) -> float:
     return float(np.median(turns))
 
 
-def main(side: int) -> None:
+def main() -> None:
     """Print TFLOP/s of a product of two square matrices per dtype, and TB/s (read and written) of a copy."""
-    device = jax.devices()[0]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", type=whole, nargs="?", default=8192, metavar="SIDE", help="of the matrices")
+    side = parser.parse_args().side
+    device = require_devices()[0]
     print(f"{device.device_kind} ({device.platform}), matrices of {side}×{side}")
     product = jax.jit(lambda a: a @ a)
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -34,4 +40,4 @@ def main(side: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8192)
+    end_with(main)

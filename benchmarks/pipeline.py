@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
+from benchmarks.command import end_with, positive, whole
 from benchmarks.step import CHANNELS, Trainer, images_per_second
 from repvgg_jax.data import Source, load_dataset, train_iterator
 from repvgg_jax.data.memory import InMemory
+from repvgg_jax.devices import require_devices
 from repvgg_jax.training import PRESETS, TrainConfig
 from repvgg_jax.training.huge_pages import restart_with_huge_pages
 from repvgg_jax.training.steps import create_mesh, shard_batch
@@ -98,19 +100,21 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=["memory", "jpeg"], default=["memory", "jpeg"])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2 if on_cpu else 8], help="for JPEGs")
-    parser.add_argument("--batch-size", type=int, help="default: the preset's; on a CPU 32 for 224×224")
-    parser.add_argument("--images", type=int, help="how many to generate; default: 50,000 in memory, 2,000 JPEGs")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, at least")
+    parser.add_argument("--workers", type=int, nargs="+", help="for JPEGs; default: 0, and 2 on a CPU, 8 elsewhere")
+    parser.add_argument("--batch-size", type=whole, help="default: the preset's; on a CPU 32 for 224×224")
+    parser.add_argument("--images", type=whole, help="how many to generate; default: 50,000 in memory, 2,000 JPEGs")
+    parser.add_argument("--turns", type=whole, default=3)
+    parser.add_argument("--seconds", type=positive, default=5.0, help="of a turn, at least")
     options = parser.parse_args(arguments)
+    device = require_devices()[0]
+    on_cpu = device.platform == "cpu"
+    workers = options.workers or [0, 2 if on_cpu else 8]
     memory = PRESETS["cifar10_a0_stride32" if on_cpu else "cifar10"]
     jpeg = PRESETS["imagenet"]
     jpeg = dataclasses.replace(jpeg, batch_size=32) if on_cpu else dataclasses.replace(jpeg, dtype="bfloat16")
-    print(f"{jax.device_count()} × {jax.devices()[0].device_kind}, images/s, medians of {options.turns} turns")
+    print(f"{jax.device_count()} × {device.device_kind}, images/s, medians of {options.turns} turns")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name, config in (("memory", memory), ("jpeg", jpeg)):
@@ -122,15 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 source = images_in_memory(options.images or 50_000)
             else:
                 source = jpeg_files(Path(directory), options.images or 2_000)
-            for workers in options.workers if name == "jpeg" else [0]:
-                rates = measure(config, source, workers, turns=options.turns, seconds=options.seconds)
+            for count in workers if name == "jpeg" else [0]:
+                rates = measure(config, source, count, turns=options.turns, seconds=options.seconds)
                 network = f"{config.variant}, {config.image_size}², {config.dtype}"
                 share = rates.together / min(rates.pipeline, rates.step)
                 numbers = [f"{rate:,.0f}" for rate in rates]
-                rows.append((name, workers, network, config.batch_size, *numbers, f"{100 * share:.0f} %"))
+                rows.append((name, count, network, config.batch_size, *numbers, f"{100 * share:.0f} %"))
     print(tabulate(rows, HEADERS, disable_numparse=True, colalign=("left", "right", "left", *["right"] * 5)))
 
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main()
+    end_with(main)

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.command import end_with, whole
 from benchmarks.resnet import create_resnet
 from repvgg_jax import create_model, reparameterize
+from repvgg_jax.devices import require_devices
 from repvgg_jax.training.huge_pages import restart_with_huge_pages
 
 HEADERS = ("network", "convs", "multiply-adds (10⁹)", "elements (10⁶)", "error, float64", "float32", "merged in (s)",
@@ -105,20 +107,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "repvgg_a0"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--side", type=int, default=224, help="of the square images, in pixels")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=1, help="forward passes in a turn")
+    parser.add_argument("--batch", type=whole, default=16)
+    parser.add_argument("--side", type=whole, default=224, help="of the square images, in pixels")
+    parser.add_argument("--turns", type=whole, default=7)
+    parser.add_argument("--repeats", type=whole, default=1, help="forward passes in a turn")
     options = parser.parse_args(arguments)
+    device = require_devices()[0].device_kind
     rows = [
         measure(name, batch=options.batch, side=options.side, turns=options.turns, repeats=options.repeats)
         for name in options.networks
     ]
-    device = jax.devices()[0].device_kind
     print(f"batch {options.batch}, {options.side}×{options.side}, float32, {device}, jax {jax.__version__}\n")
     print(tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main()
+    end_with(main)

@@ -25,7 +25,9 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
+from benchmarks.command import end_with, positive, whole
 from benchmarks.race import PEERS, Case, Race, Time, ratio
+from repvgg_jax.files import require_writable
 
 A_AND_B = ("a0", "a1", "a2", "b0", "b1", "b1g2", "b1g4", "b2", "b2g2", "b2g4", "b3", "b3g2", "b3g4")
 Contest = list[Case]  # the first is the subject, the others what it is compared with
@@ -149,14 +151,17 @@ def draw(results: dict[str, list[list[Time]]], path: Path) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    device = subprocess.run(
-        [sys.executable, "-c", "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    kind, name = device.splitlines()[-1].split("|")
+    """What the figures depend on.
+
+    Raises:
+        ValueError: JAX cannot start.
+    """
+    # In a process of its own, for the competitors are to have the device.
+    script = "from repvgg_jax.devices import require_devices as d; print(d()[0].platform, d()[0].device_kind, sep='|')"
+    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if asked.returncode:
+        raise ValueError((asked.stderr.strip() or "JAX cannot start").splitlines()[-1].removeprefix("ValueError: "))
+    kind, name = asked.stdout.strip().splitlines()[-1].split("|")
     if kind == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -174,16 +179,19 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", nargs="*", metavar="SUITE", help="forward, step, paper, variants")
-    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes, in place of the suites' own")
-    parser.add_argument("--size", type=int, default=224, help="largest side of the images")
+    parser.add_argument("--batches", type=whole, nargs="+", help="batch sizes, in place of the suites' own")
+    parser.add_argument("--size", type=whole, default=224, help="largest side of the images")
     parser.add_argument("--variants", nargs="+", default=list(A_AND_B), help="of the suite 'variants': a0 … b3g4")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="only these peers (and ourselves)")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn")
+    parser.add_argument("--turns", type=whole, default=7)
+    parser.add_argument("--seconds", type=positive, default=0.3, help="length of a turn")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no contest after so long")
-    parser.add_argument("--limit", type=float, default=120, help="seconds to prepare one competitor, or for its turn")
+    parser.add_argument("--limit", type=positive, default=120, help="seconds to prepare a competitor, or for its turn")
     parser.add_argument("--out", type=Path, help="directory for speed.json, speed.md and speed.png")
     options = parser.parse_args()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        require_writable(options.out / "speed.json")
     begin = time.monotonic()
     setting = machine()
     print(", ".join(f"{name} {value}" for name, value in setting.items()), flush=True)
@@ -210,7 +218,6 @@ def main() -> None:
     for name, found in results.items():
         print(f"\n{name}\n{table(found, 'simple')}")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         command = "python -m benchmarks.speed " + " ".join(sys.argv[1:])
         raw = {
             name: [[one._asdict() | {"case": one.case._asdict()} for one in contest] for contest in found]
@@ -223,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -22,6 +22,8 @@ import tyro
 from jax.sharding import Mesh
 from tabulate import tabulate
 
+from benchmarks.command import end_with, positive, whole
+from repvgg_jax.devices import require_devices
 from repvgg_jax.training import PRESETS, TrainConfig
 from repvgg_jax.training.huge_pages import restart_with_huge_pages
 from repvgg_jax.training.optimizer import create_optimizer
@@ -100,15 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--also", action="append", default=[], metavar="FLAGS", help="an alternative, quoted")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
+    parser.add_argument("--turns", type=whole, default=5)
+    parser.add_argument("--seconds", type=positive, default=3.0, help="of a turn, at least")
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
     alternatives = ["", *options.also]
     configs = [tyro.cli(TrainConfig, args=shlex.split(flags), default=preset) for flags in alternatives]
+    device = require_devices()[0]
     contestants = [contestant(config, options.seconds) for config in configs]
     rates = np.array([[turn() for turn in contestants] for _ in range(options.turns)])
-    print(f"{jax.device_count()} × {jax.devices()[0].device_kind}, images/s, medians of {options.turns} turns")
+    print(f"{jax.device_count()} × {device.device_kind}, images/s, medians of {options.turns} turns")
     medians, ratios = np.median(rates, 0), np.median(rates / rates[:, :1], 0)
     rows = [
         (f"{options.preset} {flags}", f"{rate:,.1f}", f"{ratio:.2f}")
@@ -120,4 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
-    main()
+    end_with(main)

@@ -5,13 +5,15 @@ lowering, then what the others take of it. The lowerings take turns in one proce
 turns of the ratio to the plain lowering in the same turn. `<` marks what `repvgg_jax.ops.table` chooses.
 """
 
-import sys
+import argparse
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.command import end_with
+from repvgg_jax.devices import require_devices
 from repvgg_jax.models.partial_evaluation import split
 from repvgg_jax.ops import compiler_options, inference_on
 from repvgg_jax.ops.lowering import Window
@@ -130,8 +132,14 @@ def medians(convolution, directions, kernel_ahead):
     return result, choose(*shapes, window, kernel_ahead=kernel_ahead)["cpu"]
 
 
-def main(wanted=""):
-    """Prints the table of the groups of convolutions whose title holds `wanted`."""
+def main():
+    """Prints the table of the groups of convolutions whose title holds what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("filter", nargs="?", default="", metavar="FILTER", help="part of the title of a group")
+    wanted = parser.parse_args().filter
+    if not any(wanted in title for title in CONVOLUTIONS):
+        parser.error(f"no title holds {wanted!r}: expected part of one of {'; '.join(CONVOLUTIONS)}")
+    require_devices()
     names = [name for name in LOWERINGS if name != "plain"]
     for title, convolutions in CONVOLUTIONS.items():
         if wanted not in title:
@@ -153,4 +161,4 @@ def main(wanted=""):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    end_with(main)

@@ -162,6 +162,8 @@ def fuse_run(
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
     weights = workdir / "deploy.safetensors"
+    if not check_only:
+        read_metrics(workdir)  # for the report: damage in it is told before the work
     require_export(weights, export, check_only=check_only, with_preprocess=with_preprocess, opset=opset)
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")
