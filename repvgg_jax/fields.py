@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -30,10 +31,11 @@ def read_json(text: str | bytes) -> Any:
     """Parse JSON that holds finite numbers alone.
 
     Raises:
-      ValueError: it is no JSON, or holds NaN or Infinity, which JSON has not.
+      ValueError: it is no JSON, or holds NaN or Infinity, which JSON has not, or a fraction that no float64 holds, as
+        1e999.
     """
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from None
 
@@ -57,7 +59,12 @@ def shown(value: Any) -> str:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{shown(constant)} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -114,6 +114,8 @@ def _claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file: name a new directory")
+    if workdir.is_symlink() and not workdir.exists():
+        raise ValueError(f"{workdir} is a link to {os.readlink(workdir)}, which is not there: name a directory")
     if not path.exists():
         # A run that was killed while it made the directory leaves the first of these.
         if workdir.exists() and any(not entry.name.startswith(_FIRST_FILES) for entry in workdir.iterdir()):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_normalization
+from repvgg_jax.files import require_writable
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.models import RepVGG
@@ -163,7 +164,9 @@ def fuse_run(
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
     weights = workdir / "deploy.safetensors"
     if not check_only:
-        read_metrics(workdir)  # for the report: damage in it is told before the work
+        # What would stop the end is told before the work.
+        require_writable(weights)
+        read_metrics(workdir)
     require_export(weights, export, check_only=check_only, with_preprocess=with_preprocess, opset=opset)
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")

@@ -12,7 +12,7 @@ from repvgg_jax import fuse, fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training import comparison, fuse_run
+from repvgg_jax.training import comparison, fuse_run, run_directory
 from repvgg_jax.training.command import fuse_command
 
 
@@ -105,6 +105,13 @@ def test_a_directory_that_is_no_run_is_named(copy, missing, message):
     target = copy / missing
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(FileNotFoundError, match=message):
+        fuse_run(copy)
+
+
+def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
+    (copy / "metrics.jsonl").write_text("[1]\n[2]\n")
+    monkeypatch.delattr(run_directory, "open_data")
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is damaged \(\[1\] is no object\)"):
         fuse_run(copy)
 
 

@@ -271,6 +271,12 @@ def test_other_data_in_the_same_run_are_refused(tiny, finished, tmp_path):
         train_and_evaluate(tiny, tmp_path / "run")
 
 
+def test_a_link_to_nothing_in_the_place_of_the_directory_is_refused(tiny, tmp_path):
+    (tmp_path / "run").symlink_to("nothing")
+    with pytest.raises(ValueError, match="run is a link to nothing, which is not there: name a directory"):
+        train_and_evaluate(tiny, tmp_path / "run")
+
+
 def test_a_file_in_the_place_of_the_directory_is_refused(tiny, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="is a file: name a new directory"):

@@ -1,7 +1,10 @@
+import errno
 import json
+import warnings
 
 import pytest
 
+from repvgg_jax.training import metrics
 from repvgg_jax.training.metrics import MetricsLog, read_metrics
 
 LINE = {"epoch": 1, "step": 22, "train/loss": 2.0}
@@ -21,6 +24,42 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_is_mended_by_the_next_li
     assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_tensorboard_where_nothing_can_be_written_stops_nothing(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.warns(UserWarning, match=r"tensorboard could not be written: "):
+        log = MetricsLog(tmp_path)
+    with log:
+        log.write(LINE)
+    assert read_metrics(tmp_path) == [LINE]
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "flush", "close"])
+def test_tensorboard_on_a_full_disk_stops_nothing_and_is_given_up(failing, tmp_path, monkeypatch):
+    calls = []
+
+    class Board:
+        def __init__(self, directory, purge_step):
+            pass
+
+        def __getattr__(self, name):
+            def call(*_):
+                calls.append(name)
+                if name == failing:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+            return call
+
+    monkeypatch.setattr(metrics, "SummaryWriter", Board)
+    with warnings.catch_warnings(record=True) as warned, MetricsLog(tmp_path) as log:
+        warnings.simplefilter("always")
+        log.write(LINE)
+        log.write({**LINE, "epoch": 2})
+    (warning,) = warned
+    assert str(warning.message) == f"{tmp_path}/tensorboard could not be written: [Errno 28] No space left on device"
+    assert calls.count(failing) == 1
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 @pytest.mark.parametrize("cut", ['{"epoch": 2, "st', '{"epoch": 2, "st\n', "\0\0\0\n", b"\xff\xfe".decode("latin-1")])
 def test_a_last_line_that_was_cut_off_is_passed_over(cut, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n" + cut, encoding="latin-1")
@@ -37,9 +76,13 @@ def test_a_last_line_that_was_cut_off_is_passed_over(cut, tmp_path):
         ('{"step": 1}', "epoch is None: expected a whole number"),
         ('{"epoch": 1.5, "step": 1}', "epoch is 1.5: expected a whole number"),
         ('{"epoch": 1, "step": true}', "step is True: expected a number"),
-        ('{"epoch": 1, "step": 1, "test/accuracy": "high"}', "test/accuracy is 'high': expected a number"),
+        ('{"epoch": 1, "step": 1, "test/accuracy": "high"}', "test/accuracy is high: expected a number"),
         ('{"epoch": 1, "step": 1, "test/loss": [1]}', r"test/loss is \[1\]: expected a number"),
         ('{"epoch": 1, "step": 1, "test/loss": NaN}\n{}', "NaN is no number"),
+        ('{"epoch": 1, "step": 1, "test/loss": 1e999}\n{}', "1e999 is no number"),
+        ('{"epoch": 1, "step": 1, "test/loss": 1%s}' % ("0" * 400), "test/loss is 10+…: expected a number"),
+        ('{"epoch": 1, "step": 1%s}' % ("0" * 40), "step is 10+: expected a whole number from 1 to 2"),
+        ('{"epoch": -1, "step": 1}', "epoch is -1: expected a whole number from 1 to 2"),
         ('{"epoch": \n{}', "no JSON"),
     ],
 )
