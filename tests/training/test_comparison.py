@@ -115,6 +115,14 @@ def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
         fuse_run(copy)
 
 
+def test_weights_that_cannot_be_written_are_told_before_the_work(copy, monkeypatch):
+    (copy / "deploy.safetensors").unlink()
+    (copy / "deploy.safetensors").mkdir()
+    monkeypatch.delattr(run_directory, "open_data")
+    with pytest.raises(IsADirectoryError, match=r"deploy.safetensors"):
+        fuse_run(copy)
+
+
 def test_a_run_without_a_checkpoint_is_named(copy):
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
