@@ -25,6 +25,7 @@ from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.models import compile_inference
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.terminal import Output, fail, printable, run_command
 
 _EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"
@@ -72,7 +73,8 @@ def predict(
     size = min(batch_size, len(paths))
     shape = (size, preprocess.image_size, preprocess.image_size, preprocess.channels)
     forward = compile_inference(deployed.model, deployed.variables, jax.ShapeDtypeStruct(shape, jnp.float32))
-    prepare = jax.jit(partial(normalize, mean=preprocess.mean, std=preprocess.std))
+    normalized = partial(normalize, mean=preprocess.mean, std=preprocess.std)
+    prepare = jax.jit(normalized, compiler_options=compiler_options())
     chunks = [[str(path) for path in paths[start : start + size]] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor() as pool:
         read = partial(_read, preprocess=preprocess)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.interop.weights_file import Weights, load_weights
 from repvgg_jax.models import RepVGG, fuse_model
 from repvgg_jax.models.variants import canonical_name
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import Agreement, assert_equivalent
 
 _IMAGES, _LARGEST_SIDE = 8, 512
@@ -122,4 +124,5 @@ def _prove(loaded: Weights, fused: tuple[RepVGG, Any], image_size: int) -> Agree
 
 
 def _logits(model: RepVGG, variables: Any, images: jax.Array) -> np.ndarray:
-    return np.asarray(jax.jit(lambda variables, images: model.apply(variables, images, train=False))(variables, images))
+    forward = jax.jit(partial(model.apply, train=False), compiler_options=compiler_options())
+    return np.asarray(forward(variables, images))

@@ -27,6 +27,7 @@ from repvgg_jax.interop.torch_keys import (
     torch_key,
 )
 from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -130,4 +131,5 @@ def _fresh_heads(model: RepVGG, in_channels: int, key: jax.Array) -> dict[tuple[
         variables = model.init(key, jnp.zeros((1, 32, 32, in_channels), model.param_dtype), train=False)
         return {"/".join(path): leaf for path, leaf in by_path(variables).items() if is_head(path)}
 
-    return {tuple(name.split("/")): leaf for name, leaf in jax.jit(init)(key).items()}
+    heads = jax.jit(init, compiler_options=compiler_options())(key)
+    return {tuple(name.split("/")): leaf for name, leaf in heads.items()}

@@ -70,7 +70,8 @@ def compile_inference(
         traced = jax.make_jaxpr(forward)(leaves, shape)
     prepare, run = split(traced)
     sharding = jax.sharding.SingleDeviceSharding(device)
-    prepared = jax.jit(prepare, out_shardings=sharding)(*jax.device_put(leaves, sharding))
+    options = compiler_options(device.platform)
+    prepared = jax.jit(prepare, out_shardings=sharding, compiler_options=options)(*jax.device_put(leaves, sharding))
     abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in prepared]
     weights_format = Format(Layout.AUTO, sharding) if platform == "cuda" else sharding
     compiled = (
@@ -78,7 +79,7 @@ def compile_inference(
             run,
             in_shardings=([weights_format] * len(prepared), sharding),
             out_shardings=sharding,
-            compiler_options=_CUDA_OPTIONS if platform == "cuda" else compiler_options(device.platform),
+            compiler_options=_CUDA_OPTIONS if platform == "cuda" else options,
         )
         .lower(abstract, shape)
         .compile()

@@ -16,17 +16,19 @@ _WANTED: dict[str, dict[str, Any]] = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, Any]:
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Options that make XLA's programs for these networks faster, and right, for `jax.jit(..., compiler_options=…)`.
 
-    Only those that the installed jaxlib knows: they come and go with its versions.
+    Only those that the installed jaxlib knows: they come and go with its versions. JAX takes options for the outermost
+    `jax.jit` alone, so functions that stand inside of others, as those of `repvgg_jax.ops` do, are given none.
 
     Args:
-        platform: of the devices, 'cpu', 'gpu' or 'tpu'.
+        platform: of the devices, 'cpu', 'gpu' or 'tpu'; that of JAX's first device where not given.
 
     Returns:
         Options by name; none for most platforms.
     """
+    platform = platform or jax.local_devices()[0].platform
     return {name: value for name, value in _WANTED.get(platform, {}).items() if _known(platform, name, value)}
 
 

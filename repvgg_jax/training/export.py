@@ -248,8 +248,7 @@ def _compare(
         logits: Any = deployed.model.apply(variables, images, train=False)
         return images, jax.nn.softmax(logits) if with_preprocess else logits
 
-    options = compiler_options(jax.local_devices()[0].platform)
-    compiled = jax.jit(reference, compiler_options=options)
+    compiled = jax.jit(reference, compiler_options=compiler_options())
     expected, found = [], []
     with jax.default_matmul_precision("float32"):
         for batch in batches:

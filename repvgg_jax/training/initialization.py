@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.models import RepVGG, reopen_model
+from repvgg_jax.ops import compiler_options
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.data_record import DataRecord
@@ -126,7 +127,7 @@ def start_from(
 def _changed(
     config: TrainConfig, variables: dict[str, Any], batch: Callable[[], dict[str, jax.Array]]
 ) -> dict[str, Any]:
-    @partial(jax.jit, out_shardings=jax.tree.leaves(variables)[0].sharding)
+    @partial(jax.jit, out_shardings=jax.tree.leaves(variables)[0].sharding, compiler_options=compiler_options())
     def change(variables: dict[str, Any], images: jax.Array | None) -> dict[str, Any]:
         if images is not None:
             variables = whiten_stem(variables, normalize(images, *config.normalization))
@@ -151,7 +152,7 @@ def _evaluated(run: Path) -> dict[str, Any]:
 def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> dict[str, Any]:
     model, variables, _, _ = load_deploy(run_directory(str(config.init_from)))
 
-    @partial(jax.jit, out_shardings=replicated)
+    @partial(jax.jit, out_shardings=replicated, compiler_options=compiler_options())
     def reopen(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
         key = jax.random.key(config.seed)
         return reopen_model(model, variables, normalize(images, *config.normalization), key=key)[1]

@@ -87,8 +87,10 @@ def create_state(
     model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
 ) -> TrainState:
     """Initialise parameters, statistics and optimizer from the config's seed, replicated over the mesh."""
-    # XLA:CPU would spend seconds on optimising code that runs once.
-    options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+    platform = mesh.devices.flat[0].platform
+    options = compiler_options(platform)
+    if platform == "cpu":  # XLA:CPU would spend seconds on optimising code that runs once
+        options["xla_backend_optimization_level"] = 0
     init = _initializer(model, optimizer, config, channels)
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(init, out_shardings=replicated, compiler_options=options)(jax.random.key(config.seed))
