@@ -216,7 +216,7 @@ def _bind(equation: Any, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         if equation.primitive.name in _ON_HOST:
             with np.errstate(all="ignore"):
                 return [np.asarray(_ON_HOST[equation.primitive.name](*values))]
-        if equation.primitive.name == "reshape":
+        if equation.primitive.name == "reshape" and equation.params["dimensions"] is None:
             return [values[0].reshape(equation.params["new_sizes"])]
     to_integers = equation.primitive.name == "convert_element_type" and not jnp.issubdtype(target, jnp.inexact)
     if equation.primitive.name in _LIFTED and wide and not to_integers:

@@ -29,6 +29,23 @@ def test_steps_and_bits_are_those_of_float32(network):
     np.testing.assert_allclose(fused(fused.params, x), network(v, x), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda v, x: x[:, :6] + jax.lax.reshape(v["matrix"], (6,), (1, 0)),
+        lambda v, x: x[:, :6] + v["matrix"].ravel(order="F"),
+        lambda v, x: jax.vmap(lambda k: convolve(x.reshape(1, 2, 5, 2), k))(v["kernels"]),
+    ],
+    ids=["reshape", "ravel", "vmap over kernels"],
+)
+def test_reshapes_that_read_the_axes_in_another_order_do_so(network):
+    random = np.random.default_rng(0)
+    v = {"matrix": random.normal(size=(2, 3)), "kernels": random.normal(size=(3, 1, 1, 2, 4))}
+    v, x = jax.tree.map(jnp.float32, v), jnp.float32(random.normal(size=(2, 10)))
+    fused = reparameterize(network, v, x)
+    np.testing.assert_allclose(fused(fused.params, x), network(v, x), rtol=1e-5, atol=1e-5)
+
+
 def test_weak_types_stay_weak():
     kernel = jnp.ones((1, 1, 2, 2), jnp.bfloat16)
 
