@@ -24,10 +24,11 @@ _BATCH_STATISTICS = (
     "a mean of each channel over the batch, which depends on the images. Was the function traced with train=True? "
     "Batch norms fold in evaluation"
 )
-_LOOP = (
-    "the convolutions are inside of `{}`, where nothing is merged. Trace the layers one after the other: a Python loop "
-    "in the place of nn.scan, lax.scan or lax.map merges them all"
+_INSIDE = "the convolutions are inside of `{}`, where nothing is merged. {}"
+_UNROLL = (
+    "Trace the layers one after the other: a Python loop in the place of nn.scan, lax.scan or lax.map merges them all"
 )
+_TAKE_OUT = "Reparameterize the function inside of it for itself, and call the result there"
 # What these primitives call is part of the function, whatever they say of its compilation.
 _CALLS = {
     "pjit": "jaxpr",
@@ -131,7 +132,7 @@ class Interpreter:
         name = equation.primitive.name
         taken = [self._emitter.operand(operand, name) for operand in operands]
         self._note_batch_statistics(equation, taken)
-        self._note_loop(equation)
+        self._note_convolutions_inside(equation)
         nodes = self.program.add(
             lambda *values: bind(equation, values, equation.params),
             taken,
@@ -153,9 +154,10 @@ class Interpreter:
         if of_images:
             self._emitter.leave(_BATCH_STATISTICS)
 
-    def _note_loop(self, equation: Any) -> None:
-        if equation.primitive.name != "conv_general_dilated" and _convolutions(equation):
-            self._emitter.leave(_LOOP.format(equation.primitive.name))
+    def _note_convolutions_inside(self, equation: Any) -> None:
+        name = equation.primitive.name
+        if name != "conv_general_dilated" and _convolutions(equation):
+            self._emitter.leave(_INSIDE.format(name, _UNROLL if name in ("scan", "while") else _TAKE_OUT))
 
 
 def _literal(variable: Any) -> Constant:
@@ -178,11 +180,13 @@ def _called(equation: Any) -> Any:
         inner = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
         # A gradient of its own would be lost; that of a convolution is the convolution's.
         return inner if name in _CALLS or _convolves(inner.jaxpr) else None
-    platforms = equation.params.get("branches_platforms") if name == "cond" else None
-    if platforms and None in platforms:
-        # Every branch computes the same, each well on its own platform; the default is the plain one.
-        return equation.params["branches"][platforms.index(None)]
-    return None
+    return _default_branch(equation)
+
+
+def _default_branch(equation: Any) -> Any:
+    """Of a choice by platform, whose branches all compute the same: the plain one. None for other equations."""
+    platforms = equation.params.get("branches_platforms") if equation.primitive.name == "cond" else None
+    return equation.params["branches"][platforms.index(None)] if platforms and None in platforms else None
 
 
 def _convolves(jaxpr: Any) -> bool:
@@ -194,7 +198,8 @@ def _within(equation: Any) -> Iterator[tuple[int, Any]]:
     """The equation and those of the functions it calls, each with the number of times that it runs."""
     yield 1, equation
     times = equation.params["length"] if equation.primitive.name == "scan" else 1
-    for called in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+    given = _default_branch(equation) or list(equation.params.values())
+    for called in jax.tree.leaves(given, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
         for inner in getattr(called, "eqns", ()):
             for often, each in _within(inner):
                 yield times * often, each

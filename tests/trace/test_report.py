@@ -75,12 +75,36 @@ class Scanned(nn.Module):
         return scan(RepVGGBlock(4), x, None)[0]
 
 
-def test_convolutions_in_a_loop_are_counted_and_pointed_out():
-    images = jnp.ones((1, 5, 5, 4))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_convolutions_in_a_loop_are_counted_and_pointed_out(dtype):
+    """In float32 on CPU a lowering stands beside the plain convolution, and is not counted again."""
+    images = jnp.ones((1, 5, 5, 4), dtype)
     module = Scanned()
     variables = module.init(jax.random.key(0), images)
     fused = reparameterize(module.apply, variables, images)
     assert fused.totals["convolutions"] == (6, 6)
     assert fused.totals["multiply-adds"].before == 3 * 25 * (9 + 1) * 4 * 4
-    assert "inside of `scan`, where nothing is merged" in fused.report()
+    assert "inside of `scan`, where nothing is merged. Trace the layers one after the other" in fused.report()
     np.testing.assert_allclose(fused(fused.params, images), module.apply(variables, images), rtol=1e-6)
+
+
+def branches(function):
+    return lambda v, x: jax.lax.cond(x.sum() > 0, function, lambda v, x: function(v, -x), v, x)
+
+
+def shards(function):
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    here, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("batch")
+    return jax.shard_map(function, mesh=mesh, in_specs=(here, split), out_specs=split)
+
+
+@pytest.mark.parametrize(("inside_of", "name"), [(branches, "cond"), (shards, "shard_map")], ids=["cond", "shard_map"])
+def test_convolutions_inside_of_what_is_no_loop_get_advice_of_their_own(inside_of, name):
+    v, images = {"a": jnp.ones((1, 1, 2, 4)), "scale": jnp.full(4, 2.0)}, jnp.ones((1, 5, 5, 2))
+    layer = lambda v, x: convolve(x, v["a"]) * v["scale"]  # noqa: E731
+    report = reparameterize(inside_of(layer), v, images).report()
+    assert f"inside of `{name}`, where nothing is merged. Reparameterize the function inside of it" in report
+    assert "loop" not in report
+    inner = reparameterize(layer, v, images)
+    assert "inside of" not in inner.report()
+    np.testing.assert_allclose(inside_of(inner)(inner.params, images), inside_of(layer)(v, images))
