@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from repvgg_jax.ops.manual_axes import varying_alike
 from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform
 from repvgg_jax.ops.reverse_mode import reverse_mode_only
@@ -41,7 +42,7 @@ def batch_norm_train(
     channels = (x.shape[-1],)
     scale = jnp.ones(channels, wide) if scale is None else scale.astype(wide)
     bias = jnp.zeros(channels, wide) if bias is None else bias.astype(wide)
-    return _batch_norm(*map(reverse_mode_only, (x, scale, bias)), epsilon)
+    return _batch_norm(*map(reverse_mode_only, varying_alike(x, scale, bias)), epsilon)
 
 
 def _across(vector: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from jax import lax
 
 from repvgg_jax.ops import plain
 from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.manual_axes import varying_alike
 from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform, known_platform
 from repvgg_jax.ops.reverse_mode import reverse_mode_only
@@ -103,7 +104,8 @@ def conv_general_dilated(
     if not choose(lhs.shape, rhs.shape, window, lhs.dtype, exact):
         return xla()
     convolve = _convolve if known_platform() is None else _forward
-    return convolve(reverse_mode_only(lhs), reverse_mode_only(rhs), window, precision, exact)
+    lhs, rhs = map(reverse_mode_only, varying_alike(lhs, rhs))
+    return convolve(lhs, rhs, window, precision, exact)
 
 
 def _beyond_default(precision: lax.PrecisionLike) -> bool:

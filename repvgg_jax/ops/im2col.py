@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repvgg_jax.ops.lowering import Lowering, Shape, Window
+from repvgg_jax.ops.lowering import Lowering, Shape, Window, transposed
 from repvgg_jax.ops.materialize import materialize
 
 
@@ -80,8 +80,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape
     if backwards is not None:
         return forward(dy, kernel[::-1, ::-1].swapaxes(2, 3), backwards)
     convolve = partial(forward, kernel=kernel, window=window)
-    (dx,) = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(input_shape, dy.dtype))(dy)
-    return dx
+    return transposed(convolve, input_shape, dy)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:

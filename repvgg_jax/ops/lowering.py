@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from repvgg_jax.ops.manual_axes import varying_alike
 
 Shape = tuple[int, ...]
 
@@ -42,6 +45,13 @@ class Window(NamedTuple):
         if self.strides != (1, 1) or min(*rows, *columns) < 0:
             return None
         return self._replace(padding=(rows, columns))
+
+
+def transposed(function: Callable[[jax.Array], jax.Array], shape: Shape, dy: jax.Array) -> jax.Array:
+    """The transpose of a linear function at `dy`, of this shape; dtype and mesh axes are those of `dy`."""
+    x, _ = varying_alike(jnp.zeros(shape, dy.dtype), dy)  # a shape alone could not say that it varies
+    (dx,) = jax.linear_transpose(function, x)(dy)
+    return dx
 
 
 class Lowering(NamedTuple):

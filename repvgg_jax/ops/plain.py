@@ -5,7 +5,7 @@ from functools import partial
 import jax
 from jax import lax
 
-from repvgg_jax.ops.lowering import Lowering, Shape, Window
+from repvgg_jax.ops.lowering import Lowering, Shape, Window, transposed
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
@@ -35,8 +35,7 @@ def input_gradient(
 ) -> jax.Array:
     """What autodiff gives: a convolution of the dilated `dy` with the flipped kernel."""
     convolve = partial(forward, kernel=kernel, window=window, precision=precision)
-    (dx,) = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(input_shape, dy.dtype))(dy)
-    return dx
+    return transposed(convolve, input_shape, dy)
 
 
 def kernel_gradient(
@@ -51,8 +50,7 @@ def kernel_gradient(
     def convolve(kernel: jax.Array) -> jax.Array:
         return forward(x, kernel, window, precision)
 
-    (dkernel,) = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(dy)
-    return dkernel
+    return transposed(convolve, kernel_shape, dy)
 
 
 lowering = Lowering(supports, forward, input_gradient, kernel_gradient)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax.ops import plain
-from repvgg_jax.ops.lowering import Lowering, Shape, Window
+from repvgg_jax.ops.lowering import Lowering, Shape, Window, transposed
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
@@ -61,8 +61,7 @@ def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:
     """The transpose of the forward pass."""
     convolve = partial(forward, x, window=window)
-    (dkernel,) = jax.linear_transpose(convolve, jax.ShapeDtypeStruct(kernel_shape, x.dtype))(dy)
-    return dkernel
+    return transposed(convolve, kernel_shape, dy)
 
 
 lowering = Lowering(supports, forward, plain.input_gradient, kernel_gradient)

@@ -130,6 +130,39 @@ def test_a_sharded_batch_gives_what_one_device_gives(case):
     assert "all-gather" not in text
 
 
+@pytest.mark.parametrize("check", [True, False], ids=["types checked", "unchecked"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((4, 4, 4, 3), (3, 3, 3, 4), (1, 1), ONE),
+        ((4, 4, 4, 3), (1, 1, 3, 4), (2, 2), ((0, 0), (0, 0))),
+        ((4, 5, 5, 4), (3, 3, 1, 8), (2, 2), ONE, 4),
+        ((4, 2, 2, 18), (3, 3, 2, 18), (2, 2), ONE, 9),
+    ],
+    ids=["plain", "pointwise", "depthwise", "many groups"],
+)
+def test_gradients_go_through_shard_map(case, check):
+    """Parameters are the same on both devices, images are not: the gradients of the parameters are summed."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    here, split = PartitionSpec(), PartitionSpec("batch")
+
+    def half(convolve, x, kernel, scale, bias):
+        y, mean, _ = batch_norm_train(convolve(x, kernel, *case[2:]), scale, bias, 1e-5)
+        return y * y + mean
+
+    def sharded(*inputs):
+        specs = (split, here, here, here)
+        function = lambda *inputs: half(ours, *inputs)  # noqa: E731
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=check)(*inputs).sum()
+
+    def halves(x, *parameters):
+        return sum(half(plain, each, *parameters).sum() for each in jnp.split(x, 2))
+
+    inputs = (*arrays(case), *scale_and_bias(case))
+    found, expected = (jax.jit(jax.grad(function, (0, 1, 2, 3)))(*inputs) for function in (sharded, halves))
+    assert_close(found, expected, 1e-4)
+
+
 def test_materialize_keeps_a_residual_stack_from_recomputing_its_past():
     """Without it, the loop of the sixth block reads the products of all six."""
 
