@@ -91,7 +91,7 @@ def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exac
     pixels = input_shape[0] * rows * columns  # below a few hundred, transforming the kernel costs more than it saves
     tiny = rows * columns <= 4  # where the plain convolution is at its worst, however little there is to do
     if 2 * pixels * math.prod(kernel_shape) < 4e7 and not tiny:
-        return _PLAIN._replace(kernel_gradient=_PLAIN.kernel_gradient if window.groups == 1 else "im2col")
+        return _PLAIN if window.groups == 1 else _PLAIN._replace(kernel_gradient="im2col")
     narrowest = min(kernel_shape[2], kernel_shape[3] // window.groups)
     if not exact and narrowest >= 16 and supported("winograd_f4"):
         if pixels >= 512 or tiny:
