@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,73 @@ def test_given_splits_are_read_as_they_are(tmp_path):
     assert [record["label"] for record in dataset.train] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert [record["label"] for record in dataset.test] == [1, 1]
     assert dataset.train[0]["image"].shape == (6, 8, 3)
+
+
+@pytest.fixture(params=[False, True], ids=["by name", "backwards"])
+def listed(request, tmp_path, monkeypatch):
+    """Have the file system list directories by name and backwards: it may list them in any order."""
+    scandir = os.scandir
+
+    @contextmanager
+    def ordered(path):
+        with scandir(path) as entries:
+            yield iter(sorted(entries, key=lambda entry: entry.name, reverse=request.param))
+
+    monkeypatch.setattr(os, "scandir", ordered)
+
+
+@pytest.mark.usefixtures("listed")
+def test_images_come_by_class_and_then_by_path_in_whatever_order_they_are_listed(tmp_path):
+    for path in ("b/2.png", "b/10.png", "a/z.png", "a/m/1.png", "a/B.png", "a/m/0/7.png", "a/n/0.png"):
+        (tmp_path / "train" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / path).write_bytes(encode(noise(2, 2, 3)))
+    write_images(tmp_path / "test" / "b", 2)
+    for name in ("y.tif", "x.tif"):
+        (tmp_path / "train" / "b" / name).write_bytes(b"")
+    dataset = load_folder(tmp_path)
+    assert [str(Path(file).relative_to(tmp_path / "train")) for file in dataset.train._files] == [
+        "a/B.png", "a/m/0/7.png", "a/m/1.png", "a/n/0.png", "a/z.png", "b/10.png", "b/2.png",
+    ]  # fmt: skip
+    assert [record["label"] for record in dataset.train] == [0, 0, 0, 0, 0, 1, 1]
+    assert files(dataset.test) == ["b/00.png", "b/01.png"]
+    assert dataset.left_out.endswith("2 left out: 2 .tif (train/b/x.tif, …)")
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize(
+    ("seed", "drawn"),
+    [
+        ({}, ["a/04.png", "a/06.png", "b/01.png", "c/00.png", "d/01.png", "d/03.png"]),
+        ({"seed": 0}, ["a/04.png", "a/06.png", "b/01.png", "c/00.png", "d/01.png", "d/03.png"]),
+        ({"seed": 1}, ["a/04.png", "a/08.png", "b/01.png", "c/01.png", "d/00.png", "d/03.png"]),
+    ],
+    ids=str,
+)
+def test_the_drawn_images_are_these_on_every_machine(tmp_path, seed, drawn):
+    counts = {"a": 10, "b": 5, "c": 2, "d": 8}
+    for name, count in counts.items():
+        write_images(tmp_path / name, count)
+    dataset = load_folder(tmp_path, **seed)
+    assert files(dataset.test) == drawn
+    everything = [f"{name}/{index:02}.png" for name, count in counts.items() for index in range(count)]
+    assert files(dataset.train) == [file for file in everything if file not in drawn]
+
+
+@pytest.mark.parametrize(
+    ("there", "read"),
+    [
+        (("val", "validation", "test"), "test"),
+        (("val", "test"), "test"),
+        (("validation", "test"), "test"),
+        (("val", "validation"), "validation"),
+    ],
+)
+def test_of_several_held_out_splits_test_wins_and_then_validation(tmp_path, there, read):
+    for name in ("train/a", "train/b", *(f"{split}/a" for split in there)):
+        write_images(tmp_path / name, 2)
+    dataset = load_folder(tmp_path)
+    assert {Path(file).parts[-3] for file in dataset.test._files} == {read}
+    assert dataset.left_out == ""
 
 
 @pytest.mark.parametrize("name", ["test", "validation", "val"])
