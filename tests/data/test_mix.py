@@ -55,8 +55,52 @@ def test_cutmix_cuts_a_box_whose_weights_count_its_true_area():
             assert (np.diff(side.astype(int)) == 1).sum() <= 1, "one box, not two"
         shares.append(inside.mean())
     # Cutting off at the borders leaves less than the half that Beta(1, 1) means on average.
-    assert 0.2 < np.mean(shares) < 0.4
+    assert np.mean(shares) == pytest.approx(0.284, abs=0.03)
     assert max(shares) > 0.8
+
+
+def cutmix_coverage(size, alpha, count=20_000):
+    """How often the algorithm of the paper, in NumPy, pastes each pixel of an image."""
+    random = np.random.default_rng(0)
+    inside = []
+    ratio = np.sqrt(1 - random.beta(alpha, alpha, (count, 1)))
+    for extent in size:
+        centre, half = random.integers(extent, size=(count, 1)), (extent * ratio).astype(int) // 2
+        pixels = np.arange(extent)
+        inside.append((pixels >= centre - half) & (pixels < centre + half))
+    return (inside[0][:, :, None] & inside[1][:, None]).mean(0)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_cutmix_pastes_each_pixel_as_often_as_the_paper_does(alpha):
+    """Area, aspect ratio, uniform and independent centres, and the cut at the borders all show in it."""
+    keys = jax.random.split(jax.random.key(0), 4000)
+    weights = np.asarray(jax.vmap(lambda key: cutmix_weights(key, (6, 16), alpha=alpha))(keys))
+    expected = cutmix_coverage((6, 16), alpha)
+    np.testing.assert_allclose((weights == 0).mean(0), expected, atol=0.04, err_msg="5 standard deviations")
+    # Negative control: the corners, where boxes are cut off, from the middle.
+    assert expected[3, 8] - expected[0, 0] > 0.1
+
+
+def test_each_kind_of_mixing_draws_from_its_own_alpha():
+    """Beta(40, 40) stays near a half; Beta(0.05, 0.05) nearly always leaves one image whole."""
+    images = jnp.stack([jnp.ones((6, 8, 1)), jnp.zeros((6, 8, 1))])
+
+    def mixed(mixup, cutmix):
+        def one(key):
+            first, targets = random_mix(key, images, jnp.eye(2), mixup=mixup, cutmix=cutmix)
+            return first[0].mean(), targets[0, 0], ((first > 0) & (first < 1)).any()
+
+        pixels, target, blended = map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 200)))
+        np.testing.assert_allclose(target, pixels, rtol=1e-5, atol=1e-6)
+        return np.abs(target - 0.5), blended
+
+    off_half, blended = mixed(40.0, 0.05)
+    assert off_half[blended].max() < 0.25
+    assert (off_half[~blended] == 0.5).mean() > 0.3, "boxes of no pixel"
+    off_half, blended = mixed(0.05, 40.0)
+    assert (off_half[blended] > 0.25).mean() > 0.6
+    assert (off_half[~blended] == 0.5).mean() < 0.25, "mixup's weights that round to 0 and 1"
 
 
 def test_cutmix_takes_each_pixel_from_one_of_the_two_images():
