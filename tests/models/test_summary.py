@@ -27,10 +27,34 @@ def test_a_row_counts_one_block_in_both_forms():
 
 
 def test_auxiliary_heads_have_parameters_in_the_training_form_alone():
-    rows = {row.name: row for row in summarize(create_model("repvggplus_l2pse"), (64, 64, 3)).rows}
+    rows = {row.name: row for row in summarize(create_model("repvggplus_l2pse", depths=(1, 1, 2, 1)), (64, 64, 3)).rows}
     head = rows["stage3_first_aux"]
     assert head.training_parameters == 640 * 640 * 9 + 2 * 640 + 640 * 1000 + 1000
     assert (head.deploy_parameters, head.deploy_multiply_adds) == (0, 0)
+
+
+def test_auxiliary_heads_come_where_they_are_computed_and_have_no_multiply_adds():
+    rows = summarize(create_model("repvggplus_l2pse", depths=(2, 1, 2, 1)), (64, 64, 3)).rows
+    assert [row.name for row in rows] == [
+        "stem", "stage1_block1", "stage1_block2", "stage1_aux", "stage2_block1", "stage2_aux", "stage3_block1",
+        "stage3_first_aux", "stage3_block2", "stage4_block1", "head",
+    ]  # fmt: skip
+    heads = {row.name: (row.training_multiply_adds, row.deploy_multiply_adds) for row in rows if "_aux" in row.name}
+    assert heads == dict.fromkeys(("stage1_aux", "stage2_aux", "stage3_first_aux"), (0, 0))
+    assert all(row.training_multiply_adds > row.deploy_multiply_adds > 0 for row in rows[:3])
+
+
+def test_a_total_is_the_sum_of_every_column_dense_layers_included():
+    summary = summarize(create_model("repvgg_a0", depths=(1, 1, 1, 1), num_classes=10), (32, 32, 3))
+    head = summary.rows[-1]
+    assert (head.training_parameters, head.training_multiply_adds) == (1280 * 10 + 10, 1280 * 10)
+    assert (head.deploy_parameters, head.deploy_multiply_adds) == (1280 * 10 + 10, 1280 * 10)
+    # Pixels, input and output channels of stem and stages: a 3×3 and a 1×1 kernel each, or one 3×3.
+    products = sum(n * n * c * k for n, c, k in ((16, 3, 48), (8, 48, 48), (4, 48, 96), (2, 96, 192), (1, 192, 1280)))
+    total = summary.total
+    assert (total.training_multiply_adds, total.deploy_multiply_adds) == (products * 10 + 12800, products * 9 + 12800)
+    assert total.training_parameters == sum(row.training_parameters for row in summary.rows)
+    assert total.output_shape == (10,)
 
 
 def test_the_printed_table_has_a_line_for_each_block_and_a_total():
