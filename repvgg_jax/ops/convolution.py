@@ -98,8 +98,6 @@ def conv_general_dilated(
     if min(top, bottom, left, right) < 0 or 0 in lhs.shape or 0 in rhs.shape:
         return xla()
     window = Window(strides, ((top, bottom), (left, right)), feature_group_count)
-    if isinstance(precision, list):
-        precision = tuple(precision)
     exact = _beyond_default(precision)
     if not choose(lhs.shape, rhs.shape, window, lhs.dtype, exact):
         return xla()
