@@ -60,6 +60,12 @@ def test_each_image_is_mirrored_or_left_alone():
     assert 16 < same.sum() < 48
 
 
+def test_half_of_the_images_are_mirrored():
+    images = jnp.zeros((4000, 1, 2, 1), jnp.uint8).at[:, :, 0].set(1)
+    mirrored = int(random_flip(jax.random.key(0), images)[:, 0, 1, 0].sum())
+    assert abs(mirrored - 2000) < 140, "4.4 standard deviations"
+
+
 def mirrored_rows(images, flipped):
     mirrored = (np.asarray(flipped) == images[:, :, ::-1]).all((1, 2, 3))
     np.testing.assert_array_equal(
@@ -121,11 +127,15 @@ def test_normalize_computes_its_formula(dtype):
     tolerance = 1e-5 if dtype == jnp.float32 else 0.03
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, atol=tolerance)
     assert abs(expected - normalize(jnp.asarray(images), mean, mean)).max() > 0.1
+    # Rounded once, at the end.
+    np.testing.assert_array_equal(result, normalize(jnp.asarray(images), mean, std).astype(dtype))
 
 
 def test_normalize_refuses_statistics_of_other_channels():
     with pytest.raises(ValueError, match="std has 1 values, but the images have 3 channels"):
         normalize(jnp.zeros((1, 2, 2, 3)), (0.5, 0.5, 0.5), (0.5,))
+    with pytest.raises(ValueError, match="mean has 1 values, but the images have 3 channels"):
+        normalize(jnp.zeros((1, 2, 2, 3)), (0.5,), (0.5, 0.5, 0.5))
 
 
 def squares(height: int, width: int, size: int) -> set[bytes]:
@@ -198,5 +208,8 @@ def test_color_jitter_of_no_strength_changes_nothing():
 def test_color_jitter_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"strength \(=1.5\)"):
         random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 3)), strength=1.5)
+    with pytest.raises(ValueError, match=r"strength \(=-0.1\)"):
+        random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 3)), strength=-0.1)
+    assert random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 3)), strength=1).shape == (1, 2, 2, 3)
     with pytest.raises(ValueError, match="images have 4 channels"):
         random_color_jitter(jax.random.key(0), jnp.zeros((1, 2, 2, 4)), strength=0.5)
