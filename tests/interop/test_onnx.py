@@ -137,3 +137,61 @@ def test_a_file_that_is_no_graph_is_named(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"does not read .*{name}.*write or copy it again"):
             load_onnx(tmp_path / name)
+
+
+def attributes(node):
+    return {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+
+
+@pytest.mark.parametrize("fields", [{}, {"strides": (1, 1, 2, 2, 1)}, {"output_stride": 8}], ids=str)
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4"])
+def test_every_convolution_is_padded_by_its_dilation_on_all_four_sides(name, fields):
+    """Begin and end alike, at stride 2 too, where `auto_pad` would pad even sizes at the end alone."""
+    model = create_model(name, **{**SMALL, **fields}, deploy=True)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False))
+    graph = to_onnx(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
+    dimensions = {weight.name: list(weight.dims) for weight in graph.graph.initializer}
+    assert len(convolutions) == len(model.blocks)
+    for node, block in zip(convolutions, model.blocks, strict=True):
+        assert attributes(node) == {
+            "strides": [block.stride] * 2, "pads": [block.dilation] * 4, "dilations": [block.dilation] * 2,
+            "group": block.groups, "kernel_shape": [3, 3],
+        }  # fmt: skip
+        out, inside, *taps = dimensions[node.input[1]]
+        assert (out, taps) == (block.features, [3, 3])
+        assert inside == shapes["params"][block.name]["reparam"]["kernel"].shape[2]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_weights_of_any_dtype_are_written_in_float32(dtype):
+    model = create_model("repvggplus_l2pse", **SMALL, deploy=True, param_dtype=dtype)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False))
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
+    graph = to_onnx(model, variables).graph
+    assert {weight.data_type for weight in graph.initializer} == {onnx.TensorProto.FLOAT}
+    expected = np.float32(np.asarray(0.1, dtype))
+    assert {value for weight in graph.initializer for value in onnx.numpy_helper.to_array(weight).ravel()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "outputs"),
+    [
+        ({}, ["batch", 3, "height", "width"], ["batch", 7]),
+        ({"layout": "NHWC"}, ["batch", "height", "width", 3], ["batch", 7]),
+        ({"batch_size": 2, "image_size": 24}, [2, 3, 24, 24], [2, 7]),
+        ({"batch_size": 2, "image_size": 24, "layout": "NHWC"}, [2, 24, 24, 3], [2, 7]),
+    ],
+    ids=str,
+)
+def test_the_graph_says_the_sizes_that_were_fixed_and_names_the_others(options, images, outputs):
+    model = create_model("repvgg_a0", **SMALL, deploy=True)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False))
+    graph = to_onnx(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), **options).graph
+
+    def sizes(value):
+        return [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
+
+    assert [(each.name, sizes(each)) for each in graph.input] == [("images", images)]
+    assert [(each.name, sizes(each)) for each in graph.output] == [("logits", outputs)]
