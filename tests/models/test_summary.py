@@ -39,6 +39,9 @@ def test_auxiliary_heads_come_where_they_are_computed_and_have_no_multiply_adds(
         "stem", "stage1_block1", "stage1_block2", "stage1_aux", "stage2_block1", "stage2_aux", "stage3_block1",
         "stage3_first_aux", "stage3_block2", "stage4_block1", "head",
     ]  # fmt: skip
+    # 32×32 pixels of a 3×3 and a 1×1 kernel, and squeeze-excite's two dense layers once, whatever the pixels.
+    assert rows[0].training_multiply_adds == 32 * 32 * 3 * 64 * 10 + 2 * 64 * 16
+    assert rows[0].deploy_multiply_adds == 32 * 32 * 3 * 64 * 9 + 2 * 64 * 16
     heads = {row.name: (row.training_multiply_adds, row.deploy_multiply_adds) for row in rows if "_aux" in row.name}
     assert heads == dict.fromkeys(("stage1_aux", "stage2_aux", "stage3_first_aux"), (0, 0))
     assert all(row.training_multiply_adds > row.deploy_multiply_adds > 0 for row in rows[:3])
