@@ -2,13 +2,25 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from repvgg_jax.training import TrainConfig
+from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.steps import create_mesh, create_state, make_eval_step, make_train_step, shard_batch
+from repvgg_jax.training.steps import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    create_mesh,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    shard_batch,
+)
 
 CONFIG = TrainConfig(
     depths=(1, 2, 1, 1),
@@ -183,6 +195,95 @@ def test_augmentation_changes_with_the_step_and_the_seed():
     (another_seed,) = first_losses(dataclasses.replace(CONFIG, seed=1), [0])
     assert base == again
     assert len({base, later, another_seed}) == 3
+
+
+class Rigged:
+    """In place of a network: its logits are a function of one vector of parameters."""
+
+    num_classes = 4
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def apply(self, variables, images, *, train, mutable=None):
+        logits = jnp.broadcast_to(self.logits(variables["params"]["vector"]), (len(images), 4))
+        return (logits, {"batch_stats": {"seen": images.mean((0, 1, 2))}}) if train else logits
+
+
+def rigged_step(config, logits):
+    """A training step of `vector` alone: (vector, step's number) -> state before, state after, metrics."""
+    mesh = create_mesh(jax.devices()[:1])
+    optimizer = create_optimizer(config, steps_per_epoch=2)
+    step = make_train_step(Rigged(logits), optimizer, config, mesh, steps_per_epoch=2)
+
+    def run(vector, number=0):
+        params = {"vector": jnp.asarray(vector, jnp.float32)}
+        state = TrainState(jnp.int32(number), params, {"seen": jnp.zeros(1)}, optimizer.init(params))
+        before = jax.device_get(state)
+        return before, *step(jax.device_put(state, NamedSharding(mesh, PartitionSpec())), shard_batch(batch(), mesh))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("logits", "vector", "loss_is_finite", "gradient_is_finite"),
+    [
+        (lambda vector: vector, [0, 1, 2, 3], True, True),
+        (jnp.sqrt, [0, 1, 2, 3], True, False),
+        (lambda vector: vector, [3e38, -3e38, 0, 0], False, True),
+        (lambda vector: vector, [jnp.nan, 0, 0, 0], False, False),
+    ],
+    ids=["neither", "gradient", "loss", "both"],
+)
+def test_a_loss_or_a_gradient_that_is_not_finite_is_enough_to_leave_a_step_out(
+    logits, vector, loss_is_finite, gradient_is_finite
+):
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
+    _, taken, metrics = rigged_step(config, logits)(vector)
+    assert np.isfinite(metrics["loss"]) == loss_is_finite
+    assert np.isfinite(taken.opt_state[1][0].trace["vector"]).all() == gradient_is_finite
+    assert "skipped" not in metrics
+
+    before, after, metrics = rigged_step(dataclasses.replace(config, skip_nonfinite=True), logits)(vector)
+    left_out = not (loss_is_finite and gradient_is_finite)
+    assert metrics["skipped"] == left_out
+    assert int(after.step) == 1
+    if left_out:
+        chex.assert_trees_all_equal(leaves_by_kind(after)[1], leaves_by_kind(before)[1])
+    else:
+        chex.assert_trees_all_equal(after, taken)
+
+
+def test_the_loss_is_to_the_mixed_targets_and_the_accuracy_to_the_labels():
+    data = batch()
+    guesses = np.where(np.arange(16) < 4, (data["label"] + 1) % 4, data["label"])
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mixup=0.5, cutmix=0.5)
+    step = rigged_step(config, lambda vector: jax.nn.one_hot(guesses, 4) * vector)
+    mixed = jax.jit(lambda key: augment(key, data["image"], data["label"], config, 4, 0)[1])
+    by_targets = set()
+    for number in range(6):
+        _, _, metrics = step(np.full(4, 2.0), number)
+        targets = mixed(jax.random.fold_in(jax.random.key(config.seed), number))
+        expected = optax.softmax_cross_entropy(2 * jax.nn.one_hot(guesses, 4), targets).mean()
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+        assert metrics["accuracy"] == 12 / 16
+        by_targets.add(float((targets.argmax(-1) == guesses).mean()))
+    assert len(by_targets) > 1
+
+
+@pytest.mark.parametrize(("ema_decay", "accumulate_steps"), [(0.0, 1), (0.9, 2)])
+def test_parameters_statistics_and_averages_are_float32_where_the_compute_is_bfloat16(ema_decay, accumulate_steps):
+    config = dataclasses.replace(
+        CONFIG, dtype="bfloat16", ema_decay=ema_decay, accumulate_steps=accumulate_steps, muon_learning_rate=0.1
+    )
+    mesh = create_mesh(jax.devices()[:1])
+    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
+    before = abstract_state(model, optimizer, config, 1, mesh)
+    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+    after, metrics = jax.eval_shape(step, before, abstract_batch(config, 1, mesh))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+    assert {leaf.dtype for leaf in leaves_by_kind(after)[1]} == {np.dtype(np.float32)}
+    assert metrics["loss"].dtype == np.float32
 
 
 def leaves_by_kind(tree):
