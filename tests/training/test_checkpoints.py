@@ -5,11 +5,13 @@ from typing import Any
 import chex
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from repvgg_jax.training.checkpoints import Checkpoints
+from repvgg_jax.training.checkpoints import Checkpoints, _checksum
 from repvgg_jax.training.metrics import MetricsLog
 from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
 from tests.training.test_steps import CONFIG
@@ -64,6 +66,12 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+def change(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 def data_files(directory):
     return [path for path in (directory / "state").rglob("d/*") if path.is_file()]
 
@@ -72,12 +80,38 @@ def at_step(state, step):
     return state.replace(step=jax.numpy.asarray(step, state.step.dtype))
 
 
+def test_the_checksum_is_of_every_value_in_its_place_and_of_nothing_else():
+    fields = {"step": np.int32(2), "params": {"kernel": np.arange(4.0), "bias": np.zeros(4)}}
+    data_state, epoch_metrics = {"next": 1, "epoch": 0}, [{"loss": 0.5, "accuracy": 0.25}, {"loss": 0.5}]
+    whole = _checksum(fields, data_state, epoch_metrics)
+    with jax.enable_x64(True):
+        on_device = jax.tree.map(jnp.asarray, {"params": fields["params"], "step": fields["step"]})
+    assert _checksum(on_device, {"epoch": 0, "next": 1}, epoch_metrics) == whole
+    last_bit = np.array([0.0, 1.0, 2.0, np.nextafter(3.0, 4.0)])
+    swapped = {"kernel": fields["params"]["bias"], "bias": fields["params"]["kernel"]}
+    others = [
+        ({**fields, "params": {**fields["params"], "kernel": last_bit}}, data_state, epoch_metrics),
+        ({**fields, "params": {**fields["params"], "kernel": np.arange(4.0)[::-1]}}, data_state, epoch_metrics),
+        ({**fields, "params": swapped}, data_state, epoch_metrics),
+        ({**fields, "step": np.int32(3)}, data_state, epoch_metrics),
+        (fields, {"next": 0, "epoch": 1}, epoch_metrics),
+        (fields, data_state, [{"loss": 0.5, "accuracy": 0.26}, {"loss": 0.5}]),
+        (fields, data_state, epoch_metrics[::-1]),
+        (fields, data_state, epoch_metrics[:1]),
+    ]
+    assert len({whole, *(_checksum(*other) for other in others)}) == 1 + len(others)
+
+
 DAMAGE = {
     "truncated": lambda directory: [truncate(path) for path in data_files(directory)],
     "a bit flipped": lambda directory: [flip_a_bit(path) for path in data_files(directory)],
     "state lost": lambda directory: shutil.rmtree(directory / "state"),
     "position in the data cut off": lambda directory: truncate(directory / "data" / "metadata"),
     "position in the data changed": lambda directory: (directory / "data" / "metadata").write_text('{"next": 3}'),
+    "a metric of the unfinished epoch changed": lambda directory: change(
+        directory / "progress" / "metadata", "0.2", "0.3"
+    ),
+    "the checksum changed": lambda directory: change(directory / "progress" / "metadata", 'checksum":', 'checksum": 1'),
     "everything lost": lambda directory: [path.unlink() for path in directory.rglob("*") if path.is_file()],
 }
 
