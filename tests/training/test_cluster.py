@@ -1,5 +1,6 @@
-"""Two real processes over jax.distributed on this machine."""
+"""Two real processes over jax.distributed on this machine, and what each of several reads."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -8,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.training import TrainConfig
+from repvgg_jax.data import ImageDataset, train_iterator
+from repvgg_jax.training import TrainConfig, loop, run_directory
 from repvgg_jax.training.command import train_command
 from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training.steps import create_mesh
 from tests.training.test_killed import FLAGS, ROOT, final_state
 
 # The config of the fixture `tiny`, as flags.
@@ -92,6 +96,57 @@ def test_a_loss_that_is_not_finite_stops_both_at_the_same_step(tiny, tmp_path):
     assert [process.returncode for process in processes] == [1, 1], outputs
     named = [re.findall(r"the loss is (?:nan|inf) at (epoch 1, step [1-9]); there is no", output) for output in outputs]
     assert named[0] == named[1] != []
+
+
+class ReadError(Exception):
+    pass
+
+
+def labels_read(config, dataset, monkeypatch):
+    """Labels of each training step of an epoch, and of the test split, as read by this process."""
+
+    def note(source, **arguments):
+        raise ReadError(source, arguments)
+
+    steps = len(dataset.train) // config.batch_size
+    with monkeypatch.context() as patch, pytest.raises(ReadError) as noted:
+        patch.setattr(loop, "train_iterator", note)
+        loop._Run(config, dataset, steps, create_mesh()).train(None, None)
+    source, arguments = noted.value.args
+    iterator = train_iterator(source, **arguments)
+    training = [next(iterator)["label"].tolist() for _ in range(steps)]
+    test = [batch["label"][batch["mask"]].tolist() for batch in run_directory.test_batches(config, dataset)]
+    return training, test
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("random_resized_crop", [False, True])
+def test_processes_share_each_batch_and_read_no_record_twice_and_leave_none_out(
+    count, random_resized_crop, tiny, monkeypatch
+):
+    def records(number):
+        return [{"image": np.zeros((8, 8, 1), np.uint8), "label": label} for label in range(number)]
+
+    dataset = ImageDataset("numbers", records(48), records(42), tuple(map(str, range(48))), channels=1)
+    config = dataclasses.replace(
+        tiny, batch_size=16, eval_batch_size=16, mean=(0.5,), std=(0.5,), image_size=8, crop_padding=0,
+        random_resized_crop=random_resized_crop,
+    )  # fmt: skip
+    alone_training, alone_test = labels_read(config, dataset, monkeypatch)
+    assert sorted(chain(*alone_training)) == list(range(48))
+    assert list(chain(*alone_test)) == list(range(42))
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    parts = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(labels_read(config, dataset, monkeypatch))
+    for step, batch in enumerate(alone_training):
+        shares = [training[step] for training, _ in parts]
+        assert [len(share) for share in shares] == [16 // count] * count
+        assert sorted(chain(*shares)) == sorted(batch)
+    for step, batch in enumerate(alone_test):
+        assert sorted(chain(*(test[step] for _, test in parts))) == batch
+    assert {len(test) for _, test in parts} == {len(alone_test)}
 
 
 @pytest.mark.slow
