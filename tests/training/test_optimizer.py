@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,83 @@ def test_muon_moves_kernels_by_orthogonal_matrices_and_leaves_the_rest_to_sgd():
         np.asarray(found["sgd"]["stem"]["branch_3x3"]["conv"]["kernel"]).reshape(36, 6), compute_uv=False
     )
     assert plain.max() / plain.min() > 20
+
+
+PEAK, STEPS = 0.02, 20
+
+
+def muon(**fields):
+    """Muon, two epochs of ten steps, one of them warm-up."""
+    config = TrainConfig(epochs=2, warmup_epochs=1, learning_rate=0.5, batch_size=64, momentum=0.0, nesterov=False)
+    return dataclasses.replace(config, muon_learning_rate=PEAK, **fields)
+
+
+def kernel_updates(config, params, gradients):
+    """Each step's update of the stem's kernel, `params` staying as they are."""
+    optimizer = create_optimizer(config, steps_per_epoch=STEPS // 2)
+    state, found = optimizer.init(params), []
+    update = jax.jit(optimizer.update)
+    for _ in range(STEPS):
+        updates, state = update(gradients, state, params)
+        found.append(np.asarray(updates["stem"]["kernel"], np.float64))
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_muon_follows_the_one_schedule_to_a_peak_of_its_own_whatever_the_batch(schedule):
+    params = {"stem": {"kernel": jax.random.normal(jax.random.key(0), (1, 1, 2, 2))}}
+    config = muon(schedule=schedule, muon_weight_decay=0.0)
+    sizes = np.array([np.linalg.norm(step) for step in kernel_updates(config, params, params)])
+    whole = learning_rate_schedule(config, STEPS // 2)
+    shares = np.array([float(whole(step)) for step in range(STEPS)]) / config.peak_learning_rate
+    assert sizes[0] == 0
+    assert shares[-1] < 0.2
+    np.testing.assert_allclose(sizes, sizes[10] * shares, rtol=1e-5)
+    # An orthogonal 2×2 matrix times the peak, as near as five of Newton and Schulz's iterations come to one.
+    assert sizes[10] == pytest.approx(PEAK * np.sqrt(2), rel=0.3)
+    another_batch = kernel_updates(dataclasses.replace(config, batch_size=256), params, params)
+    np.testing.assert_allclose(another_batch[10], kernel_updates(config, params, params)[10], rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [None, "stem", "stage1"])
+@pytest.mark.parametrize("rate", [0.0, PEAK], ids=["sgd", "muon"])
+def test_without_gradients_all_that_is_trained_decays_and_nothing_else_moves(rate, frozen):
+    """For SGD and for Muon alike; auxiliary heads are trained even at a part that is not."""
+    kernel, vector = jnp.ones((1, 1, 2, 2)), jnp.ones(2)
+    block = {
+        "branch_3x3": {"conv": {"kernel": kernel}, "bn": {"scale": vector, "bias": vector}},
+        "branch_identity": {"scale": vector, "bias": vector},
+    }
+    auxiliary = {"conv_bn": {"conv": {"kernel": kernel}}, "head": {"kernel": jnp.ones((2, 2)), "bias": vector}}
+    params = {
+        "stem": block, "stage1_block1": block, "stage10_block1": block, "stage2_block1": block,
+        "stage1_aux": auxiliary, "head": auxiliary["head"],
+    }  # fmt: skip
+    config = dataclasses.replace(muon(warmup_epochs=0, init_from="run", frozen=frozen), muon_learning_rate=rate)
+    optimizer = create_optimizer(config, steps_per_epoch=10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, update in jax.tree_util.tree_leaves_with_path(updates)
+        if np.asarray(update).any()
+    }
+    still = {None: (), "stem": ("stem",), "stage1": ("stem", "stage1_block1")}[frozen]
+    expected = {"stage1_aux/conv_bn/conv/kernel", "stage1_aux/head/kernel", "head/kernel"}
+    for name in {"stem", "stage1_block1", "stage10_block1", "stage2_block1"}.difference(still):
+        expected |= {f"{name}/branch_3x3/conv/kernel", f"{name}/branch_identity/scale"}
+    assert moved == expected
+
+
+def test_the_auxiliary_heads_of_repvggplus_decay_beside_a_frozen_body():
+    model = create_model(
+        "repvggplus_l2pse", depths=(1, 1, 2, 1), width_multiplier=(0.0625,) * 4, num_classes=5, frozen="stage4"
+    )
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    params = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)["params"]
+    for frozen, names in ((None, set(params)), ("stage4", {name for name in params if "aux" in name} | {"head"})):
+        mask = weight_decay_mask(params, frozen)
+        assert {name for name, leaves in mask.items() if any(jax.tree.leaves(leaves))} == names
+    assert {name for name in params if "aux" in name} == {"stage1_aux", "stage2_aux", "stage3_first_aux"}
 
 
 def test_the_state_without_muon_is_the_tree_that_earlier_checkpoints_hold():
