@@ -1,4 +1,7 @@
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,13 +100,35 @@ def test_merged_branches_compute_the_sum():
     assert relative_error(expected, convolve(x, merged.kernel) + merged.bias) < 1e-14
 
 
-def test_branches_of_different_channels_are_refused():
+@pytest.mark.usefixtures("float64")
+def test_branches_wide_and_high_are_padded_to_a_kernel_that_holds_both():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 6, 7, 2))
+    branches = [Convolution(rng.normal(size=(*size, 2, 3)), rng.normal(size=3)) for size in ((1, 3), (5, 1))]
+    merged = merge_branches(branches)
+    assert merged.kernel.shape == (5, 3, 2, 3)
+
+    def apply(branch):
+        padding = [(size // 2, size // 2) for size in branch.kernel.shape[:2]]
+        return branch.bias + jax.lax.conv_general_dilated(
+            x, branch.kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    assert relative_error(sum(map(apply, branches)), apply(merged)) < 1e-14
+
+
+@pytest.mark.parametrize("channels", [(2, 6), (4, 1)], ids=str)
+def test_branches_of_different_channels_are_refused(channels):
     branches = [
         Convolution(np.ones((3, 3, 4, 6)), np.ones(6)),
-        Convolution(np.ones((1, 1, 2, 6)), np.ones(6)),
+        Convolution(np.ones((1, 1, *channels)), np.ones(channels[1])),
     ]
-    with pytest.raises(ValueError, match=r"\(3, 3, 4, 6\), \(1, 1, 2, 6\).*same in/groups and out"):
+    shapes = re.escape(f"(3, 3, 4, 6), {(1, 1, *channels)}")
+    with pytest.raises(ValueError, match=rf"{shapes}.*same in/groups and out"):
         merge_branches(branches)
+
+
+def test_without_branches_there_is_nothing_to_merge():
     with pytest.raises(ValueError, match="no branch"):
         merge_branches([])
 
@@ -117,7 +142,40 @@ def test_numpy_folds_in_float64_even_where_jax_is_limited_to_float32():
     assert merged.kernel.dtype == merged.bias.dtype == np.float64
 
 
-def test_a_vector_of_the_wrong_length_is_named():
-    leaves = norm_leaves(np.random.default_rng(0), 4)
-    with pytest.raises(ValueError, match=r"mean has shape \(3,\), expected \(4,\)"):
-        fold_batch_norm(np.ones((1, 1, 2, 4)), **{**leaves, "mean": np.zeros(3)})
+@pytest.mark.parametrize("name", ["mean", "var", "scale", "bias", "conv_bias"])
+@pytest.mark.parametrize("shape", [(3,), (), (1, 4)], ids=str)
+def test_a_vector_of_the_wrong_shape_is_named(name, shape):
+    leaves = {**norm_leaves(np.random.default_rng(0), 4), "conv_bias": np.zeros(4), name: np.ones(shape)}
+    with pytest.raises(ValueError, match=rf"^{name} has shape {re.escape(str(shape))}, expected \(4,\)"):
+        fold_batch_norm(np.ones((1, 1, 2, 4)), **leaves)
+
+
+@pytest.mark.parametrize("name", ["kernel", "mean", "var", "scale", "bias", "conv_bias"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_what_is_narrower_than_float32_is_widened_before_the_fold(name, dtype):
+    rng = np.random.default_rng(0)
+    arrays = {"kernel": rng.normal(size=(3, 3, 2, 4)), **norm_leaves(rng, 4), "conv_bias": rng.normal(size=4)}
+    narrow = {key: jnp.asarray(array, dtype if key == name else np.float32) for key, array in arrays.items()}
+    wide = {key: array.astype(np.float32) for key, array in narrow.items()}
+    all_narrow = {key: jnp.asarray(array, dtype) for key, array in arrays.items()}
+    all_widened = {key: array.astype(np.float32) for key, array in all_narrow.items()}
+    for low, high in ((narrow, wide), (all_narrow, all_widened)):
+        found, expected = (fold_batch_norm(each.pop("kernel"), **each) for each in (low, high))
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == np.float32
+            np.testing.assert_array_equal(one, other)
+
+
+def test_epsilon_is_that_of_pytorch_and_the_papers_where_none_is_given():
+    rng = np.random.default_rng(0)
+    kernel, leaves = rng.normal(size=(1, 1, 2, 4)), norm_leaves(rng, 4)
+    for found, expected in zip(
+        fold_batch_norm(kernel, **leaves), fold_batch_norm(kernel, **leaves, epsilon=1e-5), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_an_identity_kernel_is_float64_and_one_pixel_where_nothing_else_is_asked_for():
+    assert identity_kernel(2).dtype == np.float64
+    np.testing.assert_array_equal(identity_kernel(2), np.eye(2)[None, None])
+    assert identity_kernel(2, size=(3, 3), dtype=np.float32).dtype == np.float32

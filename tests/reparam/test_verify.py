@@ -76,3 +76,57 @@ def test_the_first_endpoint_that_differs_is_named():
     assert first_divergence(ends, ends, rtol=1e-12) is None
     assert first_divergence(ends, other, rtol=1e-5) == "stage1"
     assert first_divergence(ends, {"logits": other["logits"]}, rtol=1e-5) == "logits"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_endpoint_that_is_not_finite_is_named_in_whichever_form_it_is(value):
+    ends = {"stem": logits(), "stage1": logits() + 1, "logits": logits() - 1}
+    broken = {**ends, "stage1": np.where(np.eye(6, 4), value, ends["stage1"])}
+    for pair in ((ends, broken), (broken, ends), (broken, broken)):
+        assert first_divergence(*pair, rtol=1.0) == "stage1"
+
+
+def test_endpoints_are_compared_in_the_order_of_the_reference_and_measured_by_it():
+    ends = {"stem": logits(), "logits": logits()}
+    other = {"logits": 2 * logits(), "stem": 2 * logits()}
+    assert first_divergence(ends, other, rtol=0.9) == "stem"
+    # Twice the reference lies as far off as the reference is large, and only half as far as itself is.
+    assert first_divergence(ends, other, rtol=1.0) is None
+    assert first_divergence(other, ends, rtol=0.5) is None
+
+
+def test_the_figures_are_what_their_names_say():
+    reference = [[-4.0, 1.0], [2.0, 3.0], [0.0, 1.0]]
+    candidate = [[-2.0, 2.0], [2.0, 1.0], [1.0, 0.5]]
+    found = agreement(reference, candidate)
+    assert found.max_difference == 2
+    assert found.max_reference == 4
+    assert found.relative == 0.5
+    assert (found.predictions_changed, found.compared) == (2, 3)
+    # Of the candidate, whose logits lie closer: its first class, from -2 to 2.
+    assert found.spread == 1
+    assert agreement(candidate, reference).relative == 1
+    assert agreement(candidate, reference).spread == 2
+
+
+def test_figures_of_what_is_not_finite_are_not_numbers():
+    broken = logits()
+    broken[0, 0] = np.inf
+    for pair in ((broken, broken), (logits(), broken), (broken, logits())):
+        found = agreement(*pair)
+        figures = (found.max_difference, found.max_reference, found.relative, found.spread)
+        assert np.isnan(figures).all()
+
+
+def test_a_reference_of_zeros_equals_zeros_alone_and_neither_proves_anything():
+    zeros = np.zeros((6, 4))
+    assert agreement(zeros, zeros).relative == 0
+    assert agreement(zeros, logits()).relative == np.inf
+    with pytest.raises(EquivalenceError, match="nothing is proven"):
+        assert_equivalent(zeros, zeros, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 2, 2), ()])
+def test_logits_are_rows_of_classes(shape):
+    with pytest.raises(ValueError, match=r"expected the same \(batch, classes\)"):
+        agreement(np.ones(shape), np.ones(shape))
