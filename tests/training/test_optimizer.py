@@ -32,6 +32,12 @@ def test_a_short_run_of_a_long_recipe_warms_up_for_half_of_it():
     assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 0.4, 0])
 
 
+def test_warm_up_may_take_a_part_of_an_epoch():
+    schedule = learning_rate_schedule(TrainConfig(epochs=2, warmup_epochs=0.5, learning_rate=0.4), steps_per_epoch=10)
+    assert [float(schedule(step)) for step in range(6)] == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
+    assert float(schedule(6)) < 0.4
+
+
 def test_without_warm_up_the_rate_starts_at_its_peak():
     schedule = learning_rate_schedule(TrainConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
     assert float(schedule(0)) == pytest.approx(0.4)
@@ -58,8 +64,10 @@ def test_weight_decay_spares_biases_and_the_scales_behind_convolutions():
     assert mask["head"] == {"kernel": True, "bias": False}
 
 
-def test_steps_are_those_of_pytorchs_sgd_with_nesterov_and_weight_decay():
-    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_steps_are_those_of_pytorchs_sgd_with_weight_decay(momentum, nesterov):
+    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=momentum, nesterov=nesterov, weight_decay=0.1)
     optimizer = create_optimizer(config, steps_per_epoch=1000)
     params = {"head": {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}}
     state = optimizer.init(params)
@@ -72,8 +80,8 @@ def test_steps_are_those_of_pytorchs_sgd_with_nesterov_and_weight_decay():
         params = jax.tree.map(jnp.add, params, updates)
         for name, decay in (("kernel", 0.1), ("bias", 0.0)):
             total = gradient + decay * expected[name]
-            velocity[name] = 0.9 * velocity[name] + total
-            expected[name] -= 0.5 * (total + 0.9 * velocity[name])
+            velocity[name] = momentum * velocity[name] + total
+            expected[name] -= 0.5 * (total + momentum * velocity[name] if nesterov else velocity[name])
             np.testing.assert_allclose(params["head"][name], expected[name], rtol=1e-5)
 
 
@@ -156,6 +164,31 @@ def test_muon_follows_the_one_schedule_to_a_peak_of_its_own_whatever_the_batch(s
     assert sizes[10] == pytest.approx(PEAK * np.sqrt(2), rel=0.3)
     another_batch = kernel_updates(dataclasses.replace(config, batch_size=256), params, params)
     np.testing.assert_allclose(another_batch[10], kernel_updates(config, params, params)[10], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "goes_on"), [(0.0, True, False), (0.5, True, False), (0.5, False, True), (0.9, True, True)]
+)
+def test_muon_goes_on_against_a_small_gradient_as_its_momentum_says(momentum, nesterov, goes_on):
+    """The second gradient is -0.3 of the first; Nesterov's momentum sees it sooner."""
+    config = muon(warmup_epochs=0, momentum=momentum, nesterov=nesterov, muon_weight_decay=0.0)
+    optimizer = create_optimizer(config, steps_per_epoch=1000)
+    params = {"stem": {"kernel": jnp.zeros((1, 1, 1, 1))}}
+    state, steps = optimizer.init(params), []
+    for gradient in (1.0, -0.3):
+        updates, state = optimizer.update({"stem": {"kernel": jnp.full((1, 1, 1, 1), gradient)}}, state, params)
+        steps.append(float(updates["stem"]["kernel"][0, 0, 0, 0]))
+    assert steps[0] < 0
+    assert (steps[1] < 0) == goes_on
+
+
+def test_the_gradient_is_clipped_as_one_where_muon_takes_a_part_of_it():
+    config = muon(warmup_epochs=0, grad_clip_norm=1.0, weight_decay=0.0, learning_rate_batch_size=64)
+    params = {"stem": {"kernel": jnp.ones((1, 1, 1, 1))}, "head": {"kernel": jnp.ones((1, 1))}}
+    gradients = {"stem": {"kernel": jnp.full((1, 1, 1, 1), 4.0)}, "head": {"kernel": jnp.full((1, 1), 3.0)}}
+    optimizer = create_optimizer(config, steps_per_epoch=1000)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["head"]["kernel"], [[-0.5 * 3 / 5]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [None, "stem", "stage1"])
