@@ -1,0 +1,214 @@
+"""What the loop does between steps, with a step that only counts: nothing is compiled but the sums of an evaluation."""
+
+import dataclasses
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax.data import ImageDataset
+from repvgg_jax.training import TrainConfig, TrainingDivergedError, loop
+from repvgg_jax.training.checkpoints import Restored
+from repvgg_jax.training.interruption import Interruption, TerminatedError
+from repvgg_jax.training.steps import TrainState, create_mesh
+
+STEPS = 4
+CONFIG = TrainConfig(
+    batch_size=8, eval_batch_size=8, image_size=8, mean=(0.0,), std=(1 / 255,), epochs=5, warmup_epochs=1,
+    checkpoint_every=2, cutout=2, refine_epochs=1,
+)  # fmt: skip
+
+
+def dataset(train=STEPS * 8, test=10):
+    """Of the image with pixel i at label i the stub below says that it is of class i; the last three it gets wrong."""
+
+    def record(number, wrong):
+        image = np.zeros((8, 8, 1), np.uint8)
+        image[0, (number + wrong) % 4] = 5
+        return {"image": image, "label": number % 4}
+
+    records = [record(number, number >= test - 3) for number in range(max(train, test))]
+    return ImageDataset("pixels", records[:train], records[:test], tuple("abcd"), channels=1)
+
+
+class FirstPixels:
+    """In place of a network: the logits are the first four pixels."""
+
+    def apply(self, variables, images, *, train):
+        return images[:, 0, :4, 0] * variables["params"]
+
+
+class CountingStep:
+    """In place of a compiled training step; its loss is a function of the step and of the settings."""
+
+    def __init__(self, config, loss):
+        self.config, self.loss = config, loss
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, state, batch):
+        metrics = {"loss": self.loss(int(state.step)), "accuracy": 0.25 * (self.config.cutout == 0)}
+        if self.config.skip_nonfinite:
+            metrics["skipped"] = float(not np.isfinite(metrics["loss"]))
+        metrics = {name: jnp.float32(value) for name, value in metrics.items()}
+        return state.replace(step=state.step + 1), metrics
+
+
+class Saved:
+    """In place of the checkpoints of a run: what would lie in them."""
+
+    def __init__(self, restored=None):
+        self.restored, self.saved, self.set_aside = restored, [], lambda steps: None
+        self.latest_step = None if restored is None else int(restored.state.step)
+
+    def restore(self, template):
+        return self.restored
+
+    def save(self, state, data_state, *, epoch_metrics=None, accuracy=None):
+        self.saved.append((int(state.step), data_state, epoch_metrics or [], accuracy))
+
+    def wait(self):
+        pass
+
+
+def initial(weight=1.0):
+    return TrainState(jnp.int32(0), jnp.float32(weight), {}, {})
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Trains in `tmp_path`: (config, loss by step, restored, weight) -> (state, history, what was saved)."""
+
+    def start(config=CONFIG, *, loss=float, restored=None, weight=1.0):
+        monkeypatch.setattr(loop, "create_state", lambda *_: initial(weight))
+        monkeypatch.setattr(loop, "abstract_state", lambda *_: None)
+        monkeypatch.setattr(loop, "make_train_step", lambda m, o, each, *_, **__: CountingStep(each, loss))
+        for picture in ("draw_curves", "draw_confusion"):
+            monkeypatch.setattr(loop, picture, lambda *_: None)
+        mesh = create_mesh(loop.jax.devices()[:1])
+        run = loop._Run(config, dataset(), STEPS, mesh)
+        run.eval_step = loop.make_eval_step(FirstPixels(), config, mesh)
+        checkpoints = Saved(restored)
+        start.saved = checkpoints.saved
+        return *run.train(tmp_path, checkpoints), checkpoints.saved
+
+    return start
+
+
+def stop_before(monkeypatch, step):
+    """SIGTERM comes before this step; the steps that are asked about are returned."""
+    asked = []
+
+    def at_step(self, number):
+        asked.append(number)
+        if number == step:
+            self.signal = signal.SIGTERM
+        return bool(self)
+
+    monkeypatch.setattr(Interruption, "at_step", at_step)
+    return asked
+
+
+def test_an_epochs_line_has_the_means_of_its_steps_and_the_rate_of_its_last(train):
+    state, history, _ = train()
+    assert int(state.step) == 5 * STEPS
+    assert [(line["epoch"], line["step"]) for line in history] == [(n, n * STEPS) for n in range(1, 6)]
+    assert [line["train/loss"] for line in history] == [1.5, 5.5, 9.5, 13.5, 17.5]
+    schedule = loop.learning_rate_schedule(CONFIG, STEPS)
+    assert [line["learning_rate"] for line in history] == [float(schedule(n * STEPS - 1)) for n in range(1, 6)]
+    assert all(line["seconds"] > 0 and line["images_per_second"] > 0 for line in history)
+
+
+def test_the_last_epochs_are_trained_by_their_own_settings(train):
+    assert [line["train/accuracy"] for line in train()[1]] == [0, 0, 0, 0, 0.25]
+
+
+def test_evaluation_is_a_mean_over_records_and_not_over_batches(train):
+    (line, *_), saved = train()[1:]
+    right, wrong = (np.log(3 + np.exp(5.0)) - pixel for pixel in (5.0, 0.0))
+    assert line["test/accuracy"] == pytest.approx(0.7)
+    assert line["test/loss"] == pytest.approx((7 * right + 3 * wrong) / 10, rel=1e-5)
+    assert {accuracy for *_, accuracy in saved} == {line["test/accuracy"]}
+
+
+def test_checkpoints_come_every_so_many_epochs_and_after_the_last(train):
+    for every, steps in ((2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])):
+        saved = train(dataclasses.replace(CONFIG, checkpoint_every=every))[2]
+        assert [step for step, *_ in saved] == [STEPS * epoch for epoch in steps]
+        assert all(metrics == [] for _, _, metrics, _ in saved)
+
+
+@pytest.mark.parametrize("step", [6, 8, 17])
+def test_a_stopped_run_saves_its_place_and_goes_on_as_if_it_had_not_been(step, train, monkeypatch, tmp_path):
+    whole_state, whole, whole_saved = train()
+    with monkeypatch.context() as patch:
+        asked = stop_before(patch, step)
+        with pytest.raises(TerminatedError, match=rf"stopped at step {step} of 20, and saved: .*--workdir {tmp_path} "):
+            train()
+    assert asked == list(range(step + 1))
+    at, data_state, metrics, accuracy = train.saved[-1]
+    assert (at, accuracy) == (step, None)
+    assert [each["loss"] for each in metrics] == list(range(step // STEPS * STEPS, step))
+    restored = Restored(initial().replace(step=jnp.int32(step)), data_state, metrics, [])
+    state, history, saved = train(restored=restored)
+    assert int(state.step) == int(whole_state.step)
+    timing = ("seconds", "images_per_second")
+    assert [{name: line[name] for name in line if name not in timing} for line in history] == [
+        {name: line[name] for name in line if name not in timing} for line in whole
+    ]
+    assert saved == [each for each in whole_saved if each[0] > step]
+
+
+def test_a_loss_that_is_not_finite_is_found_within_the_epoch_by_its_step(train, monkeypatch):
+    monkeypatch.setattr(loop, "_STEPS_BETWEEN_CHECKS", 2)
+    asked = stop_before(monkeypatch, None)
+    with pytest.raises(TrainingDivergedError, match=r"the loss is nan at epoch 3, step 1; step 8 is saved"):
+        train(loss=lambda step: np.nan if step == 8 else 1.0)
+    # The host is two steps ahead of the device when it looks.
+    assert asked[-1] == 11
+    assert [step for step, *_ in train.saved] == [8]
+
+
+def test_the_steps_of_an_epoch_are_counted_on_where_it_was_stopped(train):
+    earlier = [{"loss": 8.0, "accuracy": 0.0}]
+    restored = Restored(initial().replace(step=jnp.int32(9)), {"next_index": 9}, earlier, [])
+    with pytest.raises(TrainingDivergedError, match=r"the loss is inf at epoch 3, step 3; step 9 is saved"):
+        train(loss=lambda step: np.inf if step == 10 else 1.0, restored=restored)
+
+
+def test_steps_left_out_are_counted_and_stop_nothing(train):
+    config = dataclasses.replace(CONFIG, skip_nonfinite=True)
+    _, history, _ = train(config, loss=lambda step: np.nan if step in (4, 5) else float(step))
+    assert [line["train/skipped"] for line in history] == [0, 2, 0, 0, 0]
+    assert [line["train/loss"] for line in history[:2]] == [1.5, 6.5]
+    with pytest.raises(TrainingDivergedError, match="the loss is nan at epoch 2"):
+        train(config, loss=lambda step: np.nan if step >= 4 else 1.0)
+
+
+def test_a_network_that_the_last_update_broke_reaches_no_checkpoint(train, monkeypatch):
+    with pytest.raises(TrainingDivergedError, match="at the end of epoch 1; there is no checkpoint yet"):
+        train(weight=np.nan)
+    stop_before(monkeypatch, 2)
+    with pytest.raises(TrainingDivergedError, match="the loss is nan at step 2; there is no checkpoint yet"):
+        train(weight=np.nan)
+    assert train.saved == []
+
+
+def test_means_leave_out_what_was_skipped_and_an_epoch_of_nothing_else_has_none():
+    steps = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 2.0, "accuracy": 1.0}]
+    assert loop._summarize(steps) == {"loss": 1.5, "accuracy": 0.75}
+    nothing = loop._summarize([{**step, "skipped": 1.0} for step in steps])
+    assert nothing.pop("loss") != nothing
+    assert nothing == {"skipped": 2.0}
+
+
+def test_an_epoch_is_told_in_a_line():
+    line = {"epoch": 3, "train/loss": 1.23456, "train/accuracy": 0.5, "test/loss": 2.0, "test/accuracy": 0.98765}
+    assert loop._epoch_line({**line, "images_per_second": 12345.6}, 120) == (
+        "epoch   3/120  train loss 1.2346 accuracy 50.00 %  test loss 2.0000 accuracy 98.77 %  12,346 images/s"
+    )
