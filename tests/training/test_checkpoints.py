@@ -179,6 +179,26 @@ def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, differen
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step is None
+        with pytest.raises(FileNotFoundError, match="holds no checkpoint: train first"):
+            checkpoints.restore(abstract_state(*setting(CONFIG)))
+
+
+def test_damaged_checkpoints_of_one_step_are_all_put_aside(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.set_aside([])
+        assert not (tmp_path / "damaged_checkpoints").exists()
+        for number in range(3):
+            (checkpoints.directory / "2").mkdir()
+            (checkpoints.directory / "2" / f"{number}").touch()
+            checkpoints.set_aside([2])
+            assert not (checkpoints.directory / "2").exists()
+    found = {path.parent.name: path.name for path in (tmp_path / "damaged_checkpoints").rglob("?") if path.is_file()}
+    assert found == {"2": "0", "2_": "1", "2__": "2"}
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     state = create_state(*setting(CONFIG))
     with Checkpoints(tmp_path, keep=2) as checkpoints:

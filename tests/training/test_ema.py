@@ -25,6 +25,16 @@ def test_the_average_is_its_recursion_with_a_decay_that_warms_up(decay):
     assert abs(ema["params"] - values[-1]).max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_does_not_change_stays_to_the_last_bit_and_in_its_dtype(dtype):
+    values = jnp.asarray(np.random.default_rng(0).normal(size=1000), dtype)
+    for step in (0, 3, 1000):
+        found = update_ema({"frozen": values, "moving": values}, {"frozen": values, "moving": 2 * values}, step, 0.999)
+        assert {leaf.dtype for leaf in found.values()} == {jnp.dtype(dtype)}
+        np.testing.assert_array_equal(found["frozen"], values)
+        assert (found["moving"] != values).any()
+
+
 @pytest.mark.usefixtures("float32")
 def test_a_step_averages_parameters_and_statistics_and_trains_as_without():
     mesh = create_mesh(jax.devices()[:1])

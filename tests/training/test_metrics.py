@@ -90,3 +90,23 @@ def test_a_damaged_line_is_named_with_its_file_and_its_fault(line, fault, tmp_pa
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(LINE)}\n{line}")
     with pytest.raises(ValueError, match=rf"metrics.jsonl line 2 is damaged \(.*{fault}.*\): remove that line"):
         read_metrics(tmp_path)
+
+
+def test_lines_of_later_epochs_go_where_a_run_is_resumed_and_a_process_that_does_not_write_leaves_no_file(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for epoch in (1, 2, 3):
+            log.write({**LINE, "epoch": epoch, "step": 22 * epoch})
+    with MetricsLog(tmp_path, resume_epoch=2, write=False) as log:
+        assert [line["epoch"] for line in log.history] == [1, 2]
+        log.write({**LINE, "epoch": 3})
+        assert [line["epoch"] for line in log.history] == [1, 2, 3]
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    with MetricsLog(tmp_path, resume_epoch=2) as log:
+        assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2]
+        log.write({**LINE, "epoch": 3, "step": 60})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [22, 44, 60]
+    other = tmp_path / "other"
+    other.mkdir()
+    with MetricsLog(other, write=False) as log:
+        log.write(LINE)
+    assert not list(other.iterdir())

@@ -19,6 +19,7 @@ from repvgg_jax.training.steps import (
     create_state,
     make_eval_step,
     make_train_step,
+    require_divisible,
     shard_batch,
 )
 
@@ -178,6 +179,57 @@ def test_masked_rows_count_in_no_sum():
     assert int(result["count"]) == 5
     assert int(result["correct"]) == int(alone["correct"])
     np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)
+
+
+class Pixels:
+    """In place of a network: the logits are the first pixels, and the weights are drawn from the key alone."""
+
+    num_classes = 4
+
+    def init(self, key, images, *, train):
+        return {"params": {"vector": jax.random.normal(key, (3,))}, "batch_stats": {"seen": jnp.ones(1)}}
+
+    def apply(self, variables, images, *, train):
+        pixels = images[:, 0, :4, 0]
+        return jnp.where(pixels == 200, jnp.inf, pixels)
+
+
+def test_evaluation_sums_over_the_rows_that_are_there_whatever_the_others_hold():
+    config = dataclasses.replace(CONFIG, mean=(0.0,), std=(1 / 255,))
+    mesh = create_mesh(jax.devices()[:1])
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    images[:, 0, :4, 0] = [[3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [200, 200, 0, 0]]
+    data = {"image": images, "label": np.array([0, 1, 3, 0], np.int32), "mask": np.array([True, True, True, False])}
+    found = jax.device_get(make_eval_step(Pixels(), config, mesh)({}, shard_batch(data, mesh)))
+    assert (found["correct"], found["count"]) == (2, 3)
+    np.testing.assert_allclose(found["loss"], 3 * np.log(3 + np.exp(3.0)) - 6, rtol=1e-5)
+    np.testing.assert_allclose(found["logits"][:3], images[:3, 0, :4, 0], rtol=1e-6)
+    for name in ("label", "mask"):
+        np.testing.assert_array_equal(found[name], data[name])
+
+
+def test_initial_weights_are_drawn_from_the_seed_and_begin_the_average():
+    mesh = create_mesh(jax.devices()[:1])
+    states = {}
+    for seed, decay in ((0, 0.0), (0, 0.9), (1, 0.0)):
+        config = dataclasses.replace(CONFIG, seed=seed, ema_decay=decay)
+        states[seed, decay] = create_state(Pixels(), optax.sgd(0.1, momentum=0.9), config, 1, mesh)
+    chex.assert_trees_all_equal(states[0, 0.0].variables, states[0, 0.9].variables, states[0, 0.9].ema)
+    assert np.abs(states[0, 0.0].params["vector"] - states[1, 0.0].params["vector"]).max() > 0.1
+    assert states[0, 0.0].ema is None
+    assert all(int(state.step) == 0 for state in states.values())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate_steps", "fits"), [(16, 2, True), (24, 1, True), (24, 2, False)])
+def test_microbatches_divide_the_training_batch_and_not_the_evaluations(batch_size, accumulate_steps, fits):
+    config = dataclasses.replace(CONFIG, batch_size=batch_size, accumulate_steps=accumulate_steps, eval_batch_size=8)
+    mesh = create_mesh()
+    require_divisible(config, mesh, "eval_batch_size")
+    if fits:
+        require_divisible(config, mesh, "batch_size")
+    else:
+        with pytest.raises(ValueError, match=r"batch_size is 24: .*, e\.g\. 32"):
+            require_divisible(config, mesh, "batch_size")
 
 
 def test_augmentation_changes_with_the_step_and_the_seed():

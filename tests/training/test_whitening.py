@@ -62,6 +62,37 @@ def test_a_whitened_stem_differs_in_kernel_and_scale_alone_and_keeps_its_size(se
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_largest_components_come_first_and_channels_beyond_them_stay(channels):
+    rng = np.random.default_rng(0)
+    pixels = 6 * 6 * channels
+    mixed = rng.normal(size=(256, pixels)) @ rng.normal(size=(pixels, pixels)) / 8
+    images = jnp.asarray(mixed.reshape(256, 6, 6, channels) + 3, jnp.float32)
+    components, features = 9 * channels, 64
+    kernel = rng.normal(size=(3, 3, channels, features)).astype(np.float32)
+    norm = {"bn": {"scale": jnp.ones(features)}}
+
+    def whitened(kernel):
+        stem = {"branch_3x3": {"conv": {"kernel": jnp.asarray(kernel)}}, "branch_1x1": norm}
+        found = jax.jit(whiten_stem)({"params": {"stem": stem}}, images)
+        return np.asarray(found["params"]["stem"]["branch_3x3"]["conv"]["kernel"])
+
+    found = whitened(kernel)
+    np.testing.assert_array_equal(found[..., 2 * components :], kernel[..., 2 * components :])
+    assert 2 * components < features
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(images, np.float64), (3, 3), (1, 2))
+    y = np.einsum("nhwcij,ijco->nhwo", windows, found[..., : 2 * components]).reshape(-1, 2 * components)
+    covariance = np.cov(y.T)
+    variances = np.diag(covariance)[:components]
+    assert (np.diff(variances) < 0).all()
+    expected = np.kron([[1, -1], [-1, 1]], np.diag(variances))
+    np.testing.assert_allclose(covariance, expected, atol=1e-3 * variances[0])
+    # Where there is room for two only, those are the largest.
+    few = whitened(kernel[..., :4]).reshape(-1, 4)
+    along = few / np.linalg.norm(few, axis=0), found.reshape(-1, features)[:, :2]
+    np.testing.assert_allclose(np.abs(np.diag(along[0].T @ along[1])), np.linalg.norm(along[1], axis=0), rtol=1e-3)
+
+
 def test_a_run_begins_with_a_whitened_stem_and_the_same_data(tiny, tmp_path):
     config = dataclasses.replace(tiny, whiten_stem=True, epochs=1, learning_rate=1e-12)
     result = train_and_evaluate(config, tmp_path / "run")
