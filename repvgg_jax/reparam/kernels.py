@@ -93,12 +93,14 @@ def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:
       what the small kernel computed, at any stride.
 
     Raises:
-      ValueError: the size is smaller than the kernel, or differs by an odd number, which leaves no centre.
+      ValueError: the size has another number of dimensions than the kernel, is smaller, or differs by an odd number,
+        which leaves no centre.
     """
-    growth = [target - current for target, current in zip(size, kernel.shape[:-2], strict=True)]
-    if any(g < 0 or g % 2 for g in growth):
+    current = kernel.shape[:-2]
+    growth = [after - before for after, before in zip(size, current, strict=False)]
+    if len(size) != len(current) or any(g < 0 or g % 2 for g in growth):
         raise ValueError(
-            f"cannot pad a {'x'.join(map(str, kernel.shape[:-2]))} kernel to {'x'.join(map(str, size))} around its "
+            f"cannot pad a {'x'.join(map(str, current))} kernel to {'x'.join(map(str, size))} around its "
             "centre: the target must be larger by an even number in every direction"
         )
     if not any(growth):

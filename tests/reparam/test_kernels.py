@@ -64,9 +64,13 @@ def test_a_padded_kernel_computes_what_the_small_one_did(stride, height):
     assert relative_error(expected, convolve(x, in_the_corner, stride=stride)) > 0.1
 
 
-@pytest.mark.parametrize(("size", "target"), [((3, 3), (1, 1)), ((2, 2), (3, 3)), ((1, 1), (3, 2))])
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((3, 3), (1, 1)), ((2, 2), (3, 3)), ((1, 1), (3, 2)), ((1, 1), (3,)), ((1, 1), (3, 3, 3)), ((1,), (3, 3))],
+)
 def test_padding_without_a_common_centre_is_refused(size, target):
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} kernel to {target[0]}x{target[1]}.*even number"):
+    before, after = ("x".join(map(str, each)) for each in (size, target))
+    with pytest.raises(ValueError, match=f"a {before} kernel to {after} .*even number in every direction"):
         pad_kernel(np.ones((*size, 2, 2)), target)
 
 
@@ -140,6 +144,10 @@ def test_numpy_folds_in_float64_even_where_jax_is_limited_to_float32():
         merged = merge_branches([folded, folded])
     assert isinstance(merged.kernel, np.ndarray)
     assert merged.kernel.dtype == merged.bias.dtype == np.float64
+    padded = pad_kernel(np.full((1, 1, 1, 1), 1 / 3), (3, 3))
+    assert (type(padded), padded.dtype, padded[1, 1, 0, 0]) == (np.ndarray, np.float64, 1 / 3)
+    traced = jax.eval_shape(lambda kernel: pad_kernel(kernel, (3, 3)), jnp.ones((1, 1, 2, 4)))
+    assert (traced.shape, traced.dtype) == ((3, 3, 2, 4), np.float32)
 
 
 @pytest.mark.parametrize("name", ["mean", "var", "scale", "bias", "conv_bias"])
