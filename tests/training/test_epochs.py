@@ -167,13 +167,14 @@ def test_a_stopped_run_saves_its_place_and_goes_on_as_if_it_had_not_been(step, t
     assert saved == [each for each in whole_saved if each[0] > step]
 
 
-def test_a_loss_that_is_not_finite_is_found_within_the_epoch_by_its_step(train, monkeypatch):
-    monkeypatch.setattr(loop, "_STEPS_BETWEEN_CHECKS", 2)
+@pytest.mark.parametrize(("every", "last"), [(1, 10), (2, 11)])
+def test_a_loss_that_is_not_finite_is_found_within_the_epoch_by_its_step(every, last, train, monkeypatch):
+    monkeypatch.setattr(loop, "_STEPS_BETWEEN_CHECKS", every)
     asked = stop_before(monkeypatch, None)
     with pytest.raises(TrainingDivergedError, match=r"the loss is nan at epoch 3, step 1; step 8 is saved"):
         train(loss=lambda step: np.nan if step == 8 else 1.0)
     # The host is two steps ahead of the device when it looks.
-    assert asked[-1] == 11
+    assert asked[-1] == last
     assert [step for step, *_ in train.saved] == [8]
 
 
