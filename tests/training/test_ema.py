@@ -29,7 +29,8 @@ def test_the_average_is_its_recursion_with_a_decay_that_warms_up(decay):
 def test_what_does_not_change_stays_to_the_last_bit_and_in_its_dtype(dtype):
     values = jnp.asarray(np.random.default_rng(0).normal(size=1000), dtype)
     for step in (0, 3, 1000):
-        found = update_ema({"frozen": values, "moving": values}, {"frozen": values, "moving": 2 * values}, step, 0.999)
+        variables = {"frozen": values, "moving": 2 * values}
+        found = update_ema({"frozen": values, "moving": values}, variables, jnp.int32(step), 0.999)
         assert {leaf.dtype for leaf in found.values()} == {jnp.dtype(dtype)}
         np.testing.assert_array_equal(found["frozen"], values)
         assert (found["moving"] != values).any()
