@@ -140,6 +140,17 @@ def test_evaluation_is_a_mean_over_records_and_not_over_batches(train):
     assert {accuracy for *_, accuracy in saved} == {line["test/accuracy"]}
 
 
+def test_labels_and_predictions_are_of_the_records_alone_and_by_the_average_where_there_is_one():
+    mesh = create_mesh(loop.jax.devices()[:1])
+    run = loop._Run(CONFIG, dataset(), STEPS, mesh)
+    run.eval_step = loop.make_eval_step(FirstPixels(), CONFIG, mesh)
+    for state, accuracy in ((initial(), 0.7), (initial().replace(ema={"params": jnp.float32(-1.0)}), 0.3)):
+        metrics, labels, predictions = run._evaluate(state)
+        assert labels.tolist() == [number % 4 for number in range(10)]
+        assert np.mean(labels == predictions) == pytest.approx(metrics["accuracy"])
+        assert (metrics["accuracy"] > 0.5) == (accuracy > 0.5)
+
+
 def test_checkpoints_come_every_so_many_epochs_and_after_the_last(train):
     for every, steps in ((2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])):
         saved = train(dataclasses.replace(CONFIG, checkpoint_every=every))[2]
