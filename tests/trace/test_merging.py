@@ -82,6 +82,108 @@ def test_a_merge_that_costs_multiply_adds_is_not_made_unless_asked(asked):
     assert after["conv_general_dilated"] == (1 if asked else 2)
 
 
+def affordable(*kernels, **settings):
+    """Convolutions in a row, and how many they become when no more multiply-adds may be taken."""
+    v = {str(index): jnp.zeros(shape) for index, shape in enumerate(kernels)}
+
+    def network(v, x):
+        for index, kernel in enumerate(v.values()):
+            x = convolve(x, kernel, **(settings if index else {}))
+        return x
+
+    fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 6, 6, kernels[0][2]), jnp.float64), ops="xla")
+    assert fused.totals["multiply-adds"].after <= fused.totals["multiply-adds"].before
+    return fused.totals["convolutions"].after
+
+
+def test_a_merge_that_saves_multiply_adds_or_costs_none_is_made():
+    # 6 × 4 + 4 × 6 is more than 6 × 6; both convolutions are computed for every pixel.
+    assert affordable((1, 1, 6, 4), (1, 1, 4, 6)) == 1
+    assert affordable((3, 3, 3, 8), (1, 1, 8, 8)) == 1
+    assert affordable((1, 1, 8, 8), (3, 3, 8, 3)) == 1
+    # As many as before: 4 × 2 + 2 × 4.
+    assert affordable((1, 1, 4, 2), (1, 1, 2, 4)) == 1
+    # One more: 5 × 2 + 2 × 4 is less than 5 × 4.
+    assert affordable((1, 1, 5, 2), (1, 1, 2, 4)) == 2
+    # Of a bottleneck that pads around its waist, the first part may be computed for fewer pixels than the second.
+    assert affordable((1, 1, 6, 4), (1, 1, 4, 6), padding=((0, 0), (0, 1))) == 2
+    assert affordable((1, 1, 6, 4), (1, 1, 4, 6), padding=((1, 0), (0, 0))) == 2
+    # Padded by no more than its reach, the second reads at least one pixel of the image.
+    assert affordable((1, 1, 8, 8), (3, 3, 8, 8), padding=((2, 0), (0, 2))) == 1
+    assert affordable((1, 1, 10, 8), (3, 3, 8, 8), padding=((1, 1), (1, 1))) == 2
+    assert affordable((1, 1, 6, 4), (2, 2, 4, 1), padding=((1, 2), (2, 1)), rhs_dilation=(3, 3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("offsets", "taps"),
+    [(((0, 0), (0, 1)), (1, 2)), (((0, 0), (1, 0)), (2, 1)), (((0, 0), (0, 0)), (1, 1)), (((1, 1), (1, 0)), (1, 2))],
+)
+def test_two_taps_side_by_side_cost_as_much_as_one_kernel(offsets, taps):
+    rng = np.random.default_rng(0)
+    v = {name: jnp.asarray(rng.normal(size=(1, 1, 3, 4))) for name in "ab"}
+
+    def network(v, x):
+        tap = lambda kernel, row, column: convolve(x, kernel, ((-row, row), (-column, column)))  # noqa: E731
+        return tap(v["a"], *offsets[0]) + tap(v["b"], *offsets[1])
+
+    images = random_images((1, 3, 3, 3))
+    fused = reparameterize(network, v, images, ops="xla")
+    assert [value.shape for value in fused.params.values()] == [(*taps, 3, 4)]
+    np.testing.assert_allclose(fused(fused.params, images), network(v, images), atol=1e-12)
+
+
+def test_taps_are_placed_by_the_axes_of_the_layout():
+    rng = np.random.default_rng(0)
+    v = {name: jnp.asarray(rng.normal(size=(2, 3, 1, 1))) for name in "ab"}
+
+    def network(v, x):
+        tap = lambda kernel, *pads: lax.conv_general_dilated(x, kernel, (1, 2), pads)  # noqa: E731
+        return tap(v["a"], (0, 0), (0, -1)) + tap(v["b"], (-1, 1), (-1, 0))
+
+    images = random_images((2, 3, 4, 10))
+    fused = reparameterize(network, v, images, ops="xla", fewest_convolutions=True)
+    assert [value.shape for value in fused.params.values()] == [(2, 2, 3, 2)]
+    np.testing.assert_allclose(fused(fused.params, images), network(v, images), atol=1e-12)
+
+
+def test_groups_of_two_and_three_are_merged_in_one():
+    rng = np.random.default_rng(0)
+    v = {name: jnp.asarray(rng.normal(size=(1, 1, size, 6))) for name, size in (("two", 3), ("three", 2))}
+
+    def network(v, x):
+        return convolve(x, v["two"], feature_group_count=2) + convolve(x, v["three"], feature_group_count=3)
+
+    images = random_images((1, 2, 2, 6))
+    fused = reparameterize(network, v, images, ops="xla", fewest_convolutions=True)
+    assert [value.shape for value in fused.params.values()] == [(1, 1, 6, 6)]
+    np.testing.assert_allclose(fused(fused.params, images), network(v, images), atol=1e-12)
+
+
+def test_what_is_also_an_output_is_computed_once():
+    v = {"full": jnp.ones((3, 3, 4, 4)), "point": jnp.ones((1, 1, 4, 4))}
+    images = jax.ShapeDtypeStruct((1, 6, 6, 4), jnp.float64)
+    fused = reparameterize(lambda v, x: ((y := convolve(x, v["full"])), convolve(y, v["point"])), v, images)
+    before, after = fused.totals["multiply-adds"]
+    assert before == after
+
+    def padded(v, x):
+        y = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return jnp.tanh(y), jnp.exp(y), y * 2.0
+
+    fused = reparameterize(padded, v, images)
+    assert primitives(fused, fused.params, images)["pad"] == 1
+
+
+def test_two_taps_apart_from_one_another_stay_two():
+    v = {name: jnp.ones((1, 1, 3, 4)) for name in "ab"}
+
+    def network(v, x):
+        return convolve(x, v["a"]) + convolve(x, v["b"], ((0, 0), (-2, 2)))
+
+    fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 3, 3, 3), jnp.float64))
+    assert fused.totals["convolutions"] == (2, 2)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_smallest_images_take_no_more_multiply_adds_either(size):
     """Of a bottleneck before a stride of 2 there is little to save where few pixels are left out."""
