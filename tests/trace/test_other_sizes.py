@@ -1,21 +1,27 @@
-"""The parameters hold for inputs of other sizes, or the call is refused: never a wrong result."""
+"""The parameters hold for inputs of other sizes and dtypes, or the call is refused: never a wrong result."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from repvgg_jax.trace import reparameterize
 from tests.random_variables import random_images
 from tests.trace.networks import convolve
 
 pytestmark = pytest.mark.usefixtures("float64")
+OUTSIDE = np.arange(4.0)
 OTHERS = "folds to other parameters than when it was reparameterized"
 
 
 def variables(**shapes):
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+def layout(x, kernel, order):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", order, "NHWC"))
 
 
 def assert_equal(network, fused, v, shape):
@@ -56,6 +62,56 @@ def test_what_is_folded_with_the_size_of_the_images_is_not_used_for_another(netw
     for _ in range(2):  # the second time as the first
         with pytest.raises(ValueError, match=OTHERS):
             fused(fused.params, jnp.ones((1, 12, 12, 3)))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda v, x, same: layout(x, v["kernel"], "HWIO" if same else "HWOI"),
+        lambda v, x, same: convolve(x, v["kernel"]) * (v["scale"] if same else v["other"]),
+        lambda v, x, same: convolve(x * (v["scale"] if same else v["other"]), v["kernel"]),
+        lambda v, x, same: x + (lax.broadcast_in_dim(v["scale"], (4, 4), (0 if same else 1,)) + v["map"]),
+        lambda v, x, same: x + jnp.transpose(v["cube"], (0, 2, 1) if same else (2, 1, 0)),
+        lambda v, x, same: x + (jnp.sin if same else jnp.cos)(v["scale"]),
+        lambda v, x, same: x + lax.integer_pow(v["scale"], 2 if same else 3),
+        lambda v, x, same: x[..., :3] + (v["scale"][1:] if same else v["scale"][:-1]),
+        lambda v, x, same: x + lax.sort((v["scale"], v["other"]), num_keys=1)[0 if same else 1],
+        lambda v, x, same: x + lax.cumsum(v["scale"], reverse=same),
+        lambda v, x, same: x * v["scale"] + (OUTSIDE if same else OUTSIDE[::-1]),
+        lambda v, x, same: convolve(x, v["kernel"]) * (2.0 if same else 3.0),
+        lambda v, x, same: x + (v["scale"] if same else -v["scale"]),
+        lambda v, x, same: convolve(x, v["kernel"]) / v["scale"] if same else convolve(x, v["kernel"]) - v["scale"],
+    ],
+    ids=[
+        "layout", "scale", "scale before", "axis", "transpose", "name", "power", "slice", "result", "parameter",
+        "closed over", "number", "sign", "operation",
+    ],
+)  # fmt: skip
+def test_another_function_of_the_same_variables_and_shapes_is_noticed(network):
+    """Parameters are told apart by how they are computed, never by their shapes alone."""
+    v = variables(kernel=(3, 3, 4, 4), scale=(4,), other=(4,), map=(4, 4), cube=(4, 4, 4))
+    fused = reparameterize(lambda v, x: network(v, x, x.shape[0] == 1), v, jnp.ones((1, 4, 4, 4)))
+    assert_equal(lambda v, x: network(v, x, True), fused, v, (1, 4, 4, 4))
+    with pytest.raises(ValueError, match=OTHERS):
+        fused(fused.params, jnp.ones((2, 4, 4, 4)))
+
+
+def test_constants_serve_all_batches_compiled_or_not():
+    """A token that is tiled to the batch, a table of positions, and a function with a gradient of its own."""
+    blur = np.ones((3, 3, 1, 4)) / 9
+
+    def network(v, x):
+        token = jnp.broadcast_to(v["token"], (x.shape[0], 1, 1, 4)).reshape(x.shape[0], 1, 1, 4)
+        scaled = x * jax.nn.relu(v["scale"]) + jnp.arange(4.0) + token
+        return scaled + jnp.tanh(convolve(scaled, jnp.asarray(blur), feature_group_count=4) * v["scale"])
+
+    v = variables(token=(4,), scale=(4,))
+    fused = reparameterize(network, v, jnp.ones((2, 4, 4, 4)))
+    assert sum(value.size for value in fused.params.values()) <= sum(np.prod(s) for s in [(4,), (4,), (3, 3, 1, 4)])
+    for batch in (1, 3):
+        assert_equal(network, fused, v, (batch, 4, 4, 4))
+    x = random_images((5, 4, 4, 4))
+    np.testing.assert_allclose(jax.jit(fused)(fused.params, x), network(v, x), atol=1e-12)
 
 
 def test_a_function_that_needs_other_parameters_for_other_inputs_is_told_which():
@@ -100,3 +156,62 @@ def test_functions_of_symbolic_sizes_are_computed_when_the_program_runs():
         jax.export.export(jax.jit(lambda x: divided(divided.params, x)))(
             jax.ShapeDtypeStruct((batch, height, width, 3), images.dtype)
         )
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda v, x, number: jnp.tanh(x),
+        lambda v, x, number: x / 2 + jnp.arange(4),
+        lambda v, x, number: x // 2,
+        lambda v, x, number: x * number,
+    ],
+    ids=["non-linearity", "division", "floor", "number"],
+)
+def test_inputs_of_one_shape_and_other_dtypes_are_computed_as_the_function_does(network):
+    """Weak types, those of Python's numbers, give way to the others: 2.0 leaves bfloat16 what it is, float32(2) not."""
+    v, values = {}, np.asarray([3, 4.5, -7, 300.3])
+    fused = reparameterize(network, v, jnp.asarray(values, jnp.bfloat16), 2.5)
+    dtypes = set()
+    for dtype in (jnp.bfloat16, jnp.float32, jnp.int32, jnp.bfloat16):
+        for number in (2.5, np.float32(2.5), 2, 2.5):
+            x = jnp.asarray(values, dtype)
+            expected, found = network(v, x, number), fused(fused.params, x, number)
+            assert (found.dtype, found.weak_type) == (expected.dtype, expected.weak_type)
+            np.testing.assert_array_equal(found, expected)
+            dtypes.add(expected.dtype)
+    assert len(dtypes) > 1
+
+
+def test_a_dtype_for_which_a_variable_is_rounded_otherwise_is_refused():
+    v = {"scale": jnp.asarray([0.3, 0.7], jnp.float32)}
+    fused = reparameterize(lambda v, x: x * v["scale"], v, jnp.ones(2, jnp.float32))
+    with pytest.raises(ValueError, match=rf"{OTHERS}: convolution/scale"):
+        fused(fused.params, jnp.ones(2, jnp.float64))
+
+
+def test_scales_that_are_all_ones_are_parameters_as_any_others():
+    """A fresh norm scales by ones: what is merged is decided by shapes, or it would be another program after a step."""
+    ones = {"first": jnp.ones(4), "second": jnp.ones(4), "single": jnp.ones(())}
+    v = {"kernel": variables(kernel=(3, 3, 4, 4))["kernel"]}
+
+    def network(v, x):
+        before = convolve(x * v["first"], v["kernel"])  # a scale before, in the kernel
+        beside = jnp.tanh(before + x * v["second"])
+        return beside * v["single"], jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))) * v["first"]
+
+    images = random_images((2, 5, 6, 4))
+    fused = reparameterize(network, v | ones, images)
+    drawn = {name: jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, one.shape)) for name, one in ones.items()}
+    like = reparameterize(network, v | drawn, images)
+    assert {name: value.shape for name, value in fused.params.items()} == {
+        name: value.shape for name, value in like.params.items()
+    }
+    for batch in (images, random_images((1, 7, 6, 4))):
+        np.testing.assert_allclose(fused(fused.params, batch)[0], network(v | ones, batch)[0], atol=1e-12)
+        # The parameters of the one are parameters of the other.
+        for found, expected in zip(fused(like.params, batch), network(v | drawn, batch), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+    doubled = reparameterize(lambda v, x: x * v["first"], ones, images)
+    assert [value.shape for value in doubled.params.values()] == [(1, 1, 1, 4)]
+    np.testing.assert_array_equal(doubled({name: 2 * one for name, one in doubled.params.items()}, images), 2 * images)
