@@ -20,9 +20,16 @@ from tests.trace.networks import convolve
         lambda v, x: x[:, :4] * jnp.signbit(v["a"] - 0.3),
         lambda v, x: x[:, :4] + jnp.linalg.inv(jnp.diag(v["a"]))[0],
         lambda v, x: x[:, :4] * jax.lax.platform_dependent(default=lambda: jnp.ones(4)),
+        lambda v, x: x[:, :4] * v["a"].astype(jnp.bfloat16).astype(jnp.float32),
+        lambda v, x: x[:, :4] * (v["a"].astype(jnp.bfloat16) * jnp.bfloat16(1.3)).astype(jnp.float32),
+        lambda v, x: x[:, :4] * jnp.sqrt(jnp.minimum(v["a"], 0.5) - jnp.maximum(-v["a"], -0.2) / jnp.square(v["a"])),
+        lambda v, x: x[:, :4] * jax.lax.rsqrt(v["a"]),
     ],
-    ids=["to integers", "floor", "comparison", "nextafter", "bits", "inverse", "platform"],
-)
+    ids=[
+        "to integers", "floor", "comparison", "nextafter", "bits", "inverse", "platform", "cast to bfloat16",
+        "in bfloat16", "on the host", "rsqrt",
+    ],
+)  # fmt: skip
 def test_steps_and_bits_are_those_of_float32(network):
     v, x = {"a": jnp.asarray([0.7, 0.1, 0.3, 0.6])}, jnp.arange(20.0).reshape(2, 10)
     fused = reparameterize(network, v, x)
@@ -85,3 +92,32 @@ def test_the_arithmetic_of_batch_norms_compiles_nothing(monkeypatch):
     fused = reparameterize(batch_norm, v, x)
     assert compiled == []
     np.testing.assert_allclose(fused(fused.params, x), batch_norm(v, x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_function_holds_itself_is_a_parameter_unless_it_is_a_number():
+    held, number = jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray(2.0)
+    found = [
+        reparameterize(network, {}, jax.ShapeDtypeStruct((2, 3), jnp.float32)).params
+        for network in (
+            lambda v, x: jnp.tanh(x) * held,
+            lambda v, x: jnp.tanh(x) * number,
+            lambda v, x: -jnp.tanh(x) / 2,
+            lambda v, x: jnp.tanh(x) + jnp.arange(3.0),
+        )
+    ]
+    assert [[value.shape for value in params.values()] for params in found] == [[(1, 3)], [], [], []]
+
+
+def test_effects_are_kept_those_of_constants_too():
+    seen = []
+
+    def network(v, x):
+        jax.debug.callback(lambda value: seen.append(float(value)), v["a"] * 2)
+        jax.debug.callback(lambda value: seen.append(float(value)), x.sum())
+        return x * v["a"]
+
+    fused = reparameterize(network, {"a": jnp.float32(3.0)}, jnp.ones(2))
+    seen.clear()
+    fused(fused.params, 5 * jnp.ones(2)).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(seen) == [6.0, 10.0]

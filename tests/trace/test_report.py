@@ -108,3 +108,58 @@ def test_convolutions_inside_of_what_is_no_loop_get_advice_of_their_own(inside_o
     inner = reparameterize(layer, v, images)
     assert "inside of" not in inner.report()
     np.testing.assert_allclose(inside_of(inner)(inner.params, images), inside_of(layer)(v, images))
+
+
+def test_nested_loops_and_products_are_counted_in_full():
+    v = {"kernel": jnp.ones((3, 3, 4, 4)), "weights": jnp.ones((4, 5))}
+
+    def network(v, x):
+        once = lambda y, _: (jnp.tanh(convolve(y, v["kernel"])), None)  # noqa: E731
+        twice = lambda y, _: (jax.lax.scan(once, y, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(twice, x, length=2)[0] @ v["weights"]
+
+    totals = reparameterize(network, v, jax.ShapeDtypeStruct((1, 5, 5, 4), jnp.float64)).totals
+    assert totals["convolutions"] == (6, 6)
+    assert totals["multiply-adds"] == (6 * 25 * 9 * 4 * 4 + 25 * 4 * 5,) * 2
+    assert totals["array elements"] == (9 * 4 * 4 + 4 * 5,) * 2
+
+
+@pytest.mark.parametrize(
+    ("mean", "of_the_batch"),
+    [
+        (lambda x: x.mean((0, 1, 2)), True),
+        (lambda x: x.mean((0, 2, 3)), True),
+        (lambda x: x.mean((1, 2, 3)), False),
+        (lambda x: x.mean((1, 2)), False),
+        (lambda x: x.mean((0, 1)), False),
+        (lambda x: x.mean(), False),
+        (lambda x: x[:, 0, 0].mean(0), False),
+    ],
+    ids=["NHWC", "NCHW", "of each image", "pooling", "of rows", "of all", "of vectors"],
+)
+def test_only_a_mean_of_each_channel_over_the_batch_is_taken_for_training_mode(mean, of_the_batch):
+    fused = reparameterize(lambda v, x: mean(jnp.tanh(x)), {}, jax.ShapeDtypeStruct((2, 5, 6, 4), jnp.float64))
+    assert ("train=True?" in fused.report()) == of_the_batch
+
+
+def test_the_report_counts_each_scope_and_names_it_once():
+    v = {name: jnp.ones((3, 3, 2, 2)) for name in "abcd"}
+
+    def network(v, x):
+        for index in range(5):
+            with jax.named_scope(f"block{index}"):
+                y = convolve(x, v["a"]) + convolve(x, v["b"]) + x
+                # Shifted before padding, twice in one scope.
+                x = jnp.tanh(convolve(y + 1.0, v["c"]) + convolve(y + 1.0, v["d"]))
+        return x
+
+    fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 5, 5, 2), jnp.float64))
+    report = fused.report()
+    assert fused.totals["convolutions"] == (20, 15)
+    merged = [line.split() for line in report.splitlines() if line.startswith("block")]
+    assert merged == [[f"block{index}", "2", "1"] for index in range(5)]
+    assert "left apart in block0, block1, block2 and 2 more: a convolution pads with zeros" in report
+    first = jax.ShapeDtypeStruct((1, 5, 5, 2), jnp.float64)
+    only = reparameterize(lambda v, x: convolve(jnp.tanh(x).astype(jnp.float32), v["a"].astype(jnp.float32)), v, first)
+    assert "the dtype changes" not in only.report()
+    assert "merged" not in only.report()
