@@ -92,7 +92,9 @@ class Reparameterized:
         """The program for inputs of these shapes; values are needed for the first alone."""
         flat, tree = jax.tree.flatten(tuple(inputs))
         avals = tuple(map(_abstract, flat))
-        key = (tree, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
+        # What is traced depends on these two settings, too.
+        settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        key = (tree, settings, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
         if key not in self._read:
             read = self._interpret(tree, avals, leaves)
             if leaves is None:

@@ -215,3 +215,41 @@ def test_scales_that_are_all_ones_are_parameters_as_any_others():
     doubled = reparameterize(lambda v, x: x * v["first"], ones, images)
     assert [value.shape for value in doubled.params.values()] == [(1, 1, 1, 4)]
     np.testing.assert_array_equal(doubled({name: 2 * one for name, one in doubled.params.items()}, images), 2 * images)
+
+
+def precisions(function, *arguments):
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return [
+        each.params["precision"] for each in equations if each.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+
+
+def test_another_precision_of_products_is_that_of_the_function():
+    """Two forms are compared under "float32": an accelerator that rounded one of them would tell them apart."""
+    v = variables(kernel=(3, 3, 4, 4), other=(3, 3, 4, 4), weights=(4, 5), mix=(4, 4))
+
+    def network(v, x):
+        # A product of variables is folded, and the same in every precision.
+        y = convolve(x, v["kernel"] @ v["mix"]) + convolve(x, v["other"])
+        return jnp.tanh(y) @ v["weights"]
+
+    x = jnp.ones((1, 4, 4, 4))
+    fused = reparameterize(network, v, x, ops="xla")
+    default = precisions(fused, fused.params, x)
+    with jax.default_matmul_precision("float32"):
+        exact = precisions(fused, fused.params, x)
+        assert exact == precisions(network, v, x)[-2:]
+        assert_equal(network, fused, v, (1, 4, 4, 4))
+    assert exact != default == precisions(fused, fused.params, x)
+
+
+def test_another_width_of_numbers_is_that_of_the_function():
+    v = {"scale": jnp.asarray([1.5, 2.5], jnp.float32)}
+    network = lambda v, x: (jnp.arange(2) + x) * v["scale"]  # noqa: E731
+    x = jnp.asarray([1, 2], jnp.int8)
+    fused = reparameterize(network, v, x)
+    for enabled in (True, False):
+        with jax.enable_x64(enabled):
+            found, expected = fused(fused.params, x), network(v, x)
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected)
