@@ -217,6 +217,16 @@ def test_scales_that_are_all_ones_are_parameters_as_any_others():
     np.testing.assert_array_equal(doubled({name: 2 * one for name, one in doubled.params.items()}, images), 2 * images)
 
 
+def test_a_strong_type_for_a_weak_one_needs_no_other_parameters():
+    v = {"scale": jnp.asarray(1.5)}  # of a Python number: weak
+    weak, strong = jnp.full(3, 2.0), jnp.ones(3)
+    assert weak.weak_type
+    assert not strong.weak_type
+    network = lambda v, x: jnp.tanh(x) * v["scale"]  # noqa: E731
+    fused = reparameterize(network, v, weak)
+    np.testing.assert_allclose(fused(fused.params, strong), network(v, strong), atol=1e-15)
+
+
 def precisions(function, *arguments):
     equations = jax.make_jaxpr(function)(*arguments).eqns
     return [
