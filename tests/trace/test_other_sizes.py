@@ -174,7 +174,7 @@ def test_inputs_of_one_shape_and_other_dtypes_are_computed_as_the_function_does(
     fused = reparameterize(network, v, jnp.asarray(values, jnp.bfloat16), 2.5)
     dtypes = set()
     for dtype in (jnp.bfloat16, jnp.float32, jnp.int32, jnp.bfloat16):
-        for number in (2.5, np.float32(2.5), 2, 2.5):
+        for number in (2.5, np.float32(2.5), np.asarray(2.5), 2, 2.5):
             x = jnp.asarray(values, dtype)
             expected, found = network(v, x, number), fused(fused.params, x, number)
             assert (found.dtype, found.weak_type) == (expected.dtype, expected.weak_type)
