@@ -339,6 +339,7 @@ COMBINATIONS = {
     ),
     # Means over windows.
     "a mean over windows": case(lambda v, x: pool(convolve(x, v["point"])) * v["scale"] + v["shift"], 1),
+    "a mean over windows, scaled twice": case(lambda v, x: pool(convolve(x, v["point"])) * v["scale"] / v["bias"], 1),
     "a strided mean": case(lambda v, x: pool(convolve(x, v["down"]), 3, (1, 2, 2, 1)), 1),
     "a mean of a shifted value": case(
         lambda v, x: pool(convolve(x, v["point"]) + v["shift"], padding=VALID) * v["scale"], 1

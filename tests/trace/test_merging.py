@@ -108,6 +108,7 @@ def test_a_merge_that_saves_multiply_adds_or_costs_none_is_made():
     # Of a bottleneck that pads around its waist, the first part may be computed for fewer pixels than the second.
     assert affordable((1, 1, 6, 4), (1, 1, 4, 6), padding=((0, 0), (0, 1))) == 2
     assert affordable((1, 1, 6, 4), (1, 1, 4, 6), padding=((1, 0), (0, 0))) == 2
+    assert affordable((1, 1, 6, 4), (2, 2, 4, 1), padding=((1, 1), (0, 0))) == 2
     # Padded by no more than its reach, the second reads at least one pixel of the image.
     assert affordable((1, 1, 8, 8), (3, 3, 8, 8), padding=((2, 0), (0, 2))) == 1
     assert affordable((1, 1, 10, 8), (3, 3, 8, 8), padding=((1, 1), (1, 1))) == 2
