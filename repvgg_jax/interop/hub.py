@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-from repvgg_jax.interop.preprocess import Interpolation, Preprocess
+from repvgg_jax.fields import read_object, require_types, shown
+from repvgg_jax.interop.preprocess import LARGEST_SIDE, Interpolation, Preprocess
 from repvgg_jax.interop.weights_file import load_weights
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.variants import canonical_name
@@ -33,6 +34,70 @@ class Pretrained(NamedTuple):
     variables: dict[str, Any]
     preprocess: Preprocess
     revision: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """The fields of timm's `config.json` that say something of images and classes.
+
+    Raises:
+      ValueError: a field is of another type or out of range; the message names it.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str = "bilinear"
+    label_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        _, height, width = self.input_size
+        if not 1 <= height == width <= LARGEST_SIDE:
+            raise ValueError(
+                f"input_size is {shown(self.input_size)}: expected [channels, side, side], 1 to {LARGEST_SIDE} pixels"
+            )
+        # Below 1/100, an image is resized to more than a hundred times what is looked at.
+        if not 0.01 <= self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}: expected a share from 0.01 to 1")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(
+                f"interpolation is {shown(self.interpolation)}: expected one of {', '.join(get_args(Interpolation))}; "
+                "use load_weights and prepare the images yourself"
+            )
+        self.preprocess()
+
+    @classmethod
+    def read(cls, path: Path) -> _Config:
+        """Parse the file; older ones have the fields of images at the top, newer ones under `pretrained_cfg`."""
+        config = read_object(path)
+        of_images = config.get("pretrained_cfg", config)
+        if not isinstance(of_images, dict):
+            raise ValueError(f"pretrained_cfg is {shown(of_images)}: expected a JSON object")
+        found = {**of_images, "label_names": config.get("label_names") or ()}
+        fields = dataclasses.fields(cls)
+        for field in fields:
+            if field.default is dataclasses.MISSING and field.name not in found:
+                raise ValueError(f"{field.name} is missing: expected it in pretrained_cfg")
+        values: dict[str, Any] = {field.name: found[field.name] for field in fields if field.name in found}
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
+
+    def preprocess(self) -> Preprocess:
+        """What the network expects of an image; the classes have no names yet."""
+        channels, size, _ = self.input_size
+        return Preprocess(
+            image_size=size,
+            channels=channels,
+            mean=self.mean,
+            std=self.std,
+            eval_resize=round(size / self.crop_pct),
+            class_names=(),
+            interpolation=self.interpolation,  # type: ignore[arg-type]
+        )
 
 
 def load_pretrained(
@@ -61,8 +126,8 @@ def load_pretrained(
       The network, in its training form.
 
     Raises:
-      ValueError: there are no published weights of that name, they do not fit, or their images are resized by an
-        interpolation that `Preprocess` does not know.
+      ValueError: there are no published weights of that name, they do not fit, or a field of `config.json` is missing,
+        of another type or out of range; the message names file and field.
       ImportError: huggingface_hub is not installed.
       ConnectionError: the hub cannot be reached, and the weights are not in the cache.
     """
@@ -73,6 +138,10 @@ def load_pretrained(
     config_path = _download(repository, "config.json", revision, cache_dir)
     # The cache keeps each commit in a folder of its name: both files come from the same one.
     commit = config_path.parent.name
+    try:
+        config = _Config.read(config_path)
+    except ValueError as error:
+        raise ValueError(f"{config_path} is not what timm writes: {error}; download it again") from None
     weights = load_weights(
         _download(repository, "model.safetensors", commit, cache_dir),
         variant,
@@ -80,11 +149,11 @@ def load_pretrained(
         head=head,
         key=key,
     )
-    config = json.loads(config_path.read_text())
     classes = weights.model.num_classes
-    named = config.get("label_names", []) if head == "load" else []
-    class_names = tuple(named) if len(named) == classes else tuple(f"class {index}" for index in range(classes))
-    preprocess = _preprocess(config.get("pretrained_cfg", config), class_names)
+    names = config.label_names if head == "load" else ()
+    if len(names) != classes:
+        names = tuple(f"class {index}" for index in range(classes))
+    preprocess = dataclasses.replace(config.preprocess(), class_names=names)
     return Pretrained(weights.model, weights.variables, preprocess, commit)
 
 
@@ -108,23 +177,3 @@ def _download(repository: str, name: str, revision: str, cache_dir: str | Path |
             "the cache: connect, or download it elsewhere and use repvgg_jax.interop.weights_file.load_weights(PATH, "
             "VARIANT)"
         ) from None
-
-
-def _preprocess(config: dict[str, Any], class_names: tuple[str, ...]) -> Preprocess:
-    """From timm's `pretrained_cfg`."""
-    channels, size, _ = config["input_size"]
-    interpolation = config.get("interpolation", "bilinear")
-    if interpolation not in get_args(Interpolation):
-        raise ValueError(
-            f"the images of these weights are resized by {interpolation!r} interpolation: expected one of "
-            f"{', '.join(get_args(Interpolation))}; use load_weights and prepare the images yourself"
-        )
-    return Preprocess(
-        image_size=size,
-        channels=channels,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        eval_resize=round(size / config["crop_pct"]),
-        class_names=class_names,
-        interpolation=interpolation,
-    )

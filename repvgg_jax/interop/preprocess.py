@@ -10,7 +10,7 @@ from repvgg_jax.fields import require_types, shown
 
 Interpolation = Literal["bilinear", "bicubic"]
 # Side of an image in pixels: one image takes gigabytes in a network then.
-_LARGEST_SIDE = 8192
+LARGEST_SIDE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Preprocess:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         require_types(self)
-        if not 1 <= self.image_size <= _LARGEST_SIDE:
-            raise ValueError(f"image_size is {shown(self.image_size)}: expected 1 to {_LARGEST_SIDE} pixels")
+        if not 1 <= self.image_size <= LARGEST_SIDE:
+            raise ValueError(f"image_size is {shown(self.image_size)}: expected 1 to {LARGEST_SIDE} pixels")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {shown(self.channels)}: expected 1 (gray) or 3 (RGB)")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -57,10 +57,10 @@ class Preprocess:
             raise ValueError(f"std is {shown(self.std)}: expected positive numbers")
         if any((1 + abs(mean)) / std > 1e30 for mean, std in zip(self.mean, self.std, strict=True)):
             raise ValueError(f"mean is {shown(self.mean)}: expected numbers of the size of pixels, in [0, 1] units")
-        if self.eval_resize is not None and not self.image_size <= self.eval_resize <= _LARGEST_SIDE:
+        if self.eval_resize is not None and not self.image_size <= self.eval_resize <= LARGEST_SIDE:
             raise ValueError(
                 f"eval_resize is {shown(self.eval_resize)}: expected None, or at least image_size "
-                f"(={self.image_size}) and at most {_LARGEST_SIDE} pixels"
+                f"(={self.image_size}) and at most {LARGEST_SIDE} pixels"
             )
 
 

@@ -22,10 +22,16 @@ CONFIG = {
 
 def write_hub_cache(directory, model, variables, **config):
     """Lay A0 down as huggingface_hub does, so that it takes the files for its own."""
+    config_path = write_hub_config(directory, json.dumps({**CONFIG, **config}).encode())
+    safetensors.numpy.save_file(to_state_dict(model, variables, "timm"), config_path.with_name("model.safetensors"))
+
+
+def write_hub_config(directory, content):
+    """Lay down the `config.json` alone."""
     repository = directory / "models--timm--repvgg_a0.rvgg_in1k"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    (snapshot / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    safetensors.numpy.save_file(to_state_dict(model, variables, "timm"), snapshot / "model.safetensors")
+    (snapshot / "config.json").write_bytes(content)
+    return snapshot / "config.json"

@@ -1,4 +1,5 @@
 import builtins
+import json
 
 import chex
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.interop.hub import load_pretrained
-from tests.interop.hub_cache import COMMIT, CONFIG, write_hub_cache
+from tests.interop.hub_cache import COMMIT, CONFIG, write_hub_cache, write_hub_config
 from tests.random_variables import random_variables
 
 
@@ -54,8 +55,39 @@ def test_the_interpolation_of_the_images_travels_with_the_weights_or_is_refused(
     if interpolation == "bicubic":
         assert load_pretrained("repvgg_a0", cache_dir=tmp_path).preprocess.interpolation == "bicubic"
     else:
-        with pytest.raises(ValueError, match=r"'nearest' interpolation: expected one of bilinear, bicubic"):
+        with pytest.raises(ValueError, match="interpolation is nearest: expected one of bilinear, bicubic"):
             load_pretrained("repvgg_a0", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no JSON"),
+        ("\xff", "no JSON"),
+        ("[]", r"it holds \[\], expected a JSON object"),
+        ('{"pretrained_cfg": [1]}', r"pretrained_cfg is \(1,\): expected a JSON object"),
+        ("{}", "input_size is missing"),
+        ({"mean": None}, "mean is None: expected a list of a finite number"),
+        ({"mean": [0.4]}, r"mean is \(0.4,\): expected as many values as channels"),
+        ({"mean": [float("nan")] * 3}, "NaN is no number"),
+        ({"std": [0, 1, 1]}, "std is .*: expected positive numbers"),
+        ({"std": [-1, 1, 1]}, "std is .*: expected positive numbers"),
+        ({"input_size": [3, 224]}, "input_size is .*: expected a list of 3, each a whole number"),
+        ({"input_size": 224}, "input_size is 224: expected a list"),
+        ({"input_size": [3, 224, 256]}, r"input_size is .*: expected \[channels, side, side\]"),
+        ({"input_size": [3, 10**400, 10**400]}, "input_size is "),
+        ({"input_size": [4, 224, 224]}, "channels is 4"),
+        ({"crop_pct": 0}, "crop_pct is 0: expected a share from 0.01 to 1"),
+        ({"crop_pct": "0.9"}, "crop_pct is 0.9: expected a finite number"),
+        ({"interpolation": ["bicubic"]}, "interpolation is .*: expected a text"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused_with_file_and_field_before_the_weights(text, message, tmp_path):
+    if isinstance(text, dict):
+        text = json.dumps({"pretrained_cfg": {**CONFIG["pretrained_cfg"], **text}})
+    write_hub_config(tmp_path, text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"config.json is not what timm writes: .*{message}"):
+        load_pretrained("repvgg_a0", cache_dir=tmp_path)
 
 
 def test_names_of_classes_are_taken_where_the_repository_has_them(variables, tmp_path):
