@@ -130,7 +130,7 @@ def train_command(arguments: list[str]) -> int:
             shown = printable(str(workdir))
             print(f"\nreport: {shown}/report.md\nweights: {shown}/deploy.safetensors")
 
-    return _guard(run)
+    return _guard(run, "name another --workdir or --data-dir")
 
 
 def fuse_command(arguments: list[str]) -> int:
@@ -149,7 +149,7 @@ def fuse_command(arguments: list[str]) -> int:
         else:
             _fuse_run(parsed)
 
-    return _guard(run)
+    return _guard(run, "see to its folder, permissions and room; of weights, --output names another file")
 
 
 def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
@@ -256,8 +256,11 @@ def _read_names(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def _guard(run: Callable[[], None]) -> int:
-    """The exit status of what runs, after one line for what stopped it; nobody has to read what it prints."""
+def _guard(run: Callable[[], None], remedy: str) -> int:
+    """The exit status of what runs, after one line for what stopped it, with the remedy for an error of the system.
+
+    Nobody has to read what it prints.
+    """
 
     def guarded(_: object) -> int:
         try:
@@ -270,7 +273,7 @@ def _guard(run: Callable[[], None]) -> int:
             return fail(str(error) or "interrupted", _INTERRUPTED)
         except (ValueError, OSError, ImportError) as error:
             system = isinstance(error, OSError) and error.errno is not None
-            return fail(f"{error}{'; name another --workdir or --data-dir' if system else ''}", _USAGE_ERROR)
+            return fail(f"{error}{f'; {remedy}' if system else ''}", _USAGE_ERROR)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             return fail(f"{said}: where memory is short, lower --batch-size and --eval-batch-size", _FAILED)
