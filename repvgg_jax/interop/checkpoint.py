@@ -24,6 +24,8 @@ _USUAL = ("state_dict", "model", "model_state_dict", "model_state", "net", "para
 _UNITS = re.compile(r"(?:stage[0-4]|stage3_first|stage3_second|stem|stages)$")
 _PARTS = {"rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "conv_kxk", "conv_1x1", "reparam_conv"}
 _LEAVES = {"weight", "bias", "running_mean", "running_var"}
+# What norms, torch's AveragedModel and thop, which counts multiply-adds, leave beside the weights.
+_COUNTERS = {"num_batches_tracked", "n_averaged", "total_ops", "total_params"}
 _DEEPEST = 6
 
 
@@ -35,17 +37,19 @@ class StateDict(NamedTuple):
       entry: they were taken from, dotted: 'model', 'state_dict.ema_model.module'; '.' is the checkpoint itself.
       others: entries that hold a network, too.
       left: keys beside the entry's that were left out, bookkeeping aside.
+      average: whether they are known for an average, by the entry's name or by a count of what was averaged.
     """
 
     tensors: dict[str, Any]
     entry: str
     others: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    average: bool = False
 
     def describe(self) -> str:
         """In words for a terminal: which weights were taken, and what was there beside them."""
         taken = "the weights at the top" if self.entry == TOP else f"the weights under {self.entry!r}"
-        average = ", an average" if _is_average(self.entry) else ""
+        average = ", an average" if self.average else ""
         others = f"; there are others under {_quoted(self.others)}" if self.others else ""
         left = f"; left out: {_quoted(self.left)}" if self.left else ""
         return f"{taken}{average}{others}{left}"
@@ -57,6 +61,13 @@ class _Entry(NamedTuple):
     holder: Mapping[Any, Any]
     prefix: str
     name: str
+
+    @property
+    def is_average(self) -> bool:
+        # torch's AveragedModel keeps its count beside `module`, which it averages.
+        outer = self.prefix.removesuffix("module.")
+        counted = outer != self.prefix and f"{outer}n_averaged" in self.holder
+        return counted or not _AVERAGES.isdisjoint(re.split(r"[._]", self.name.lower()))
 
 
 def find_state_dict(checkpoint: Mapping[str, Any], entry: str | None = None) -> StateDict:
@@ -85,7 +96,7 @@ def find_state_dict(checkpoint: Mapping[str, Any], entry: str | None = None) -> 
             f"entry={chosen.name!r} (--entry {chosen.name}) takes the network alone"
         )
     others = tuple(each.name for each in entries if each is not chosen)
-    return StateDict(tensors, chosen.name, others, tuple(left))
+    return StateDict(tensors, chosen.name, others, tuple(left), chosen.is_average)
 
 
 def _entries(node: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[_Entry]:
@@ -125,7 +136,7 @@ def _choose(entries: list[_Entry], entry: str | None) -> _Entry:
         if not fitting:
             raise ValueError(f"there are no weights under {entry!r}: expected entry to be one of {_names(entries)}")
     if len(fitting) > 1:
-        fitting = [each for each in fitting if _is_average(each.name)] or fitting
+        fitting = [each for each in fitting if each.is_average] or fitting
     if len(fitting) > 1:
         raise ValueError(
             f"there are weights of several networks, under {_names(fitting)}: choose with entry=… (--entry …)"
@@ -194,7 +205,7 @@ def _is_counter(key: str, value: Any) -> bool:
         return False
     if not _is_tensor(value):
         return not parents
-    return leaf in ("num_batches_tracked", "n_averaged") or (not parents and _is_single(value))
+    return leaf in _COUNTERS or (not parents and _is_single(value))
 
 
 def _is_single(value: Any) -> bool:
@@ -202,10 +213,6 @@ def _is_single(value: Any) -> bool:
         return all(size == 1 for size in value.shape)
     except RuntimeError:  # a nested tensor has no shape
         return False
-
-
-def _is_average(name: str) -> bool:
-    return not _AVERAGES.isdisjoint(re.split(r"[._]", name.lower()))
 
 
 def _names(entries: list[_Entry]) -> str:

@@ -54,6 +54,7 @@ def test_wrappers_inside_a_key_are_stripped():
     ("counters", "prefix"),
     [
         ({"n_averaged": np.asarray(4)}, "module."),
+        ({"total_ops": np.zeros(1), "stage1.0.total_ops": np.zeros(1), "stage1.0.total_params": np.ones(1)}, ""),
         ({"ema_model.n_averaged": np.asarray(4)}, "ema_model.module."),
         ({"initted": np.ones(1), "step": np.ones(1), "epoch": 7}, "ema_model."),
         ({"epoch": 7, "best": np.asarray(0.7), "optimizer": {"state": {0: {"momentum": np.ones(3)}}}}, ""),
@@ -92,6 +93,15 @@ def test_an_average_is_taken_first_said_and_not_forced(checkpoint, average, plai
     chosen = find_state_dict(checkpoint, plain)
     assert_is(chosen, PLAIN)
     assert average in chosen.describe()
+
+
+def test_a_count_of_what_was_averaged_tells_an_average_of_any_name():
+    averaged = {"n_averaged": np.asarray(4), **behind("module.", AVERAGE)}
+    assert find_state_dict(averaged).describe() == "the weights under 'module', an average"
+    found = find_state_dict({"student": PLAIN, "teacher": averaged})
+    assert_is(found, AVERAGE)
+    assert found.describe() == "the weights under 'teacher.module', an average; there are others under 'student'"
+    assert "an average" not in find_state_dict(behind("module.", PLAIN)).describe()
 
 
 def test_a_part_of_a_name_chooses_too():

@@ -105,7 +105,7 @@ def test_a_wrong_fold_is_refused_and_nothing_is_written(weights, tmp_path, monke
         ),
         (["--variant", "repvgg_a0", "--class-names", "/tmp"], "/tmp is no file: expected a text file"),
         (["--variant", "repvgg_a0", "--image-size", "0"], "image_size is 0: expected at least 1"),
-        (["--variant", "repvgg_a0", "--output", "/nowhere/x"], "'/nowhere/x'; see to its folder, permissions and room; of"),
+        (["--variant", "repvgg_a0", "--output", "/nowhere/x"], "'/nowhere/x'; see to its folder, permissions"),
         (["--variant", "repvgg_a0", "--output", "/tmp"], "Is a directory: '/tmp'"),
         (["--variant", "repvgg_a0", "--output", "/nowhere/x", "--export", "onnx"], "'/nowhere/x.onnx'"),
         (["--variant", "repvgg_a0", "--export", "onnx", "--opset", "22"], "from 11 to 21"),
