@@ -32,6 +32,7 @@ def to_onnx(
     image_size: int | None = None,
     layout: Literal["NCHW", "NHWC"] = "NCHW",
     preprocess: Preprocess | None = None,
+    softmax: bool = True,
     opset: int = OPSET,
 ) -> onnx.ModelProto:
     """Build the ONNX graph of a deploy form, in float32.
@@ -44,6 +45,7 @@ def to_onnx(
       layout: of the images. NHWC costs one Transpose.
       preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
         Otherwise images are normalised float32, and results logits.
+      softmax: with `preprocess`, whether results are probabilities; logits where not.
       opset: version of the operators, from 11 (2019) to 21 (2024). The file says the oldest IR version that has it,
         so that every runtime of the opset reads it: 17 is for ONNX Runtime 1.13 and everything since.
 
@@ -87,7 +89,7 @@ def to_onnx(
     weights = [graph.weight("head.kernel", head["kernel"]), graph.weight("head.bias", head["bias"])]
     last = graph.add("Gemm", [last, *weights])
     output = "logits"
-    if preprocess is not None:
+    if preprocess is not None and softmax:
         output, last = "probabilities", graph.add("Softmax", [last], axis=1)
     graph.nodes[-1].output[0] = output
     sides: list[Any] = ["height", "width"] if image_size is None else [image_size, image_size]

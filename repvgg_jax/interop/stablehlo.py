@@ -27,6 +27,7 @@ def to_stablehlo(
     batch_size: int | None = None,
     image_size: int | None = None,
     preprocess: Preprocess | None = None,
+    softmax: bool = True,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
     """Serialise a deploy form, in float32, weights included.
@@ -40,6 +41,7 @@ def to_stablehlo(
       image_size: side of the images; any height and width where not given.
       preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
         Otherwise images are normalised float32, and results logits.
+      softmax: with `preprocess`, whether results are probabilities; logits where not.
       platforms: of 'cpu', 'cuda', 'rocm', 'tpu'.
 
     Returns:
@@ -61,7 +63,8 @@ def to_stablehlo(
             return plain.apply(constants, images, train=False)  # type: ignore[return-value]
         mean, std = (jnp.asarray(value, jnp.float32) for value in (preprocess.mean, preprocess.std))
         pixels = (images.astype(jnp.float32) / 255 - mean) / std
-        return jax.nn.softmax(plain.apply(constants, pixels, train=False))  # type: ignore[arg-type]
+        logits: Any = plain.apply(constants, pixels, train=False)
+        return jax.nn.softmax(logits) if softmax else logits
 
     batch = "batch" if batch_size is None else str(batch_size)
     sides = ("height, width") if image_size is None else f"{image_size}, {image_size}"

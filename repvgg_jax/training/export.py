@@ -15,6 +15,7 @@ import safetensors
 from repvgg_jax.data import normalize
 from repvgg_jax.files import replace_whole, require_writable
 from repvgg_jax.interop.exportable import OPSET, require_opset
+from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
@@ -22,18 +23,17 @@ from repvgg_jax.terminal import printable
 from repvgg_jax.training.steps import Batch
 
 Format = Literal["onnx", "stablehlo"]
-# Of the largest logit or logarithm of a probability. Runtimes order their sums differently.
+_Run = Callable[[np.ndarray], np.ndarray]
+# Of the largest logit, and of the largest probability. Runtimes order their sums differently.
 TOLERANCE = 1e-4
-# Less is no probability that float32 tells from another with any accuracy.
-_SMALLEST_PROBABILITY = 1e-30
 _NOISE_IMAGES = 8
 
 
 class Proof(NamedTuple):
-    """How the outputs of a file, read back, compare with those of the deploy form.
+    """How the logits of a file, read back, compare with those of the deploy form.
 
     Attributes:
-      agreement: of the logits, or of the logarithms of the probabilities.
+      agreement: of the logits, also where the file returns probabilities.
       images: what they were computed of, 'test images' or 'images of noise'.
     """
 
@@ -143,7 +143,7 @@ def is_deploy_form(path: Path) -> bool:
 def describe(exported: Mapping[Path, Proof]) -> str:
     """What `export_deploy` found, a line for each file."""
     return "\n".join(
-        f"{printable(str(path))}: largest difference {found.relative:.1e} of the largest output, "
+        f"{printable(str(path))}: largest difference {found.relative:.1e} of the largest logit, "
         f"{found.predictions_changed} predictions changed on {found.compared:,} {images}"
         for path, (found, images) in exported.items()
     )
@@ -190,81 +190,94 @@ def _write_proven(
     opset: int,
 ) -> Agreement:
     found: list[Agreement] = []
+    write_format = partial(_write_onnx, opset=opset) if name == "onnx" else _write_stablehlo
 
     def write(unproven: Path) -> None:
-        if name == "onnx":
-            run = _write_onnx(unproven, deployed, with_preprocess, opset)
-        else:
-            run = _write_stablehlo(unproven, deployed, with_preprocess)
-        found.append(_compare(run, deployed, images(), with_preprocess).require(TOLERANCE))
+        preprocess = deployed.preprocess if with_preprocess else None
+        # Probabilities of 0 and 1 hide what a network computes: the same graph is proven without the softmax, too.
+        of_logits = write_format(unproven, deployed, preprocess, softmax=False)
+        of_file = write_format(unproven, deployed, preprocess, softmax=True) if with_preprocess else None
+        found.append(_compare(of_logits, of_file, deployed, images()))
 
     replace_whole(exported, write)
     return found[0]
 
 
 # Both write a file and read it back, as a function of normalised images, or of pixels.
-def _write_onnx(
-    path: Path, deployed: Deployed, with_preprocess: bool, opset: int
-) -> Callable[[np.ndarray], np.ndarray]:
+def _write_onnx(path: Path, deployed: Deployed, preprocess: Preprocess | None, *, softmax: bool, opset: int) -> _Run:
     from repvgg_jax.interop.onnx import load_onnx, to_onnx
 
-    preprocess = deployed.preprocess
     graph = to_onnx(
         deployed.model,
         deployed.variables,
-        image_size=preprocess.image_size,
-        layout="NHWC" if with_preprocess else "NCHW",
-        preprocess=preprocess if with_preprocess else None,
+        image_size=deployed.preprocess.image_size,
+        layout="NCHW" if preprocess is None else "NHWC",
+        preprocess=preprocess,
+        softmax=softmax,
         opset=opset,
     )
     path.write_bytes(graph.SerializeToString())
     run = load_onnx(path)
-    return run if with_preprocess else lambda images: run(images.transpose(0, 3, 1, 2))
+    return run if preprocess else lambda images: run(images.transpose(0, 3, 1, 2))
 
 
-def _write_stablehlo(path: Path, deployed: Deployed, with_preprocess: bool) -> Callable[[np.ndarray], np.ndarray]:
+def _write_stablehlo(path: Path, deployed: Deployed, preprocess: Preprocess | None, *, softmax: bool) -> _Run:
     from repvgg_jax.interop.stablehlo import load_stablehlo, to_stablehlo
 
-    preprocess = deployed.preprocess
-    path.write_bytes(
-        to_stablehlo(
-            deployed.model,
-            deployed.variables,
-            image_size=preprocess.image_size,
-            preprocess=preprocess if with_preprocess else None,
-        )
+    data = to_stablehlo(
+        deployed.model,
+        deployed.variables,
+        image_size=deployed.preprocess.image_size,
+        preprocess=preprocess,
+        softmax=softmax,
     )
+    path.write_bytes(data)
     run = load_stablehlo(path)
     return lambda images: np.asarray(run(images))
 
 
-def _compare(
-    run: Callable[[np.ndarray], np.ndarray], deployed: Deployed, batches: Iterable[Batch], with_preprocess: bool
-) -> Agreement:
+def _compare(of_logits: _Run, of_file: _Run | None, deployed: Deployed, batches: Iterable[Batch]) -> Agreement:
+    """Compare logits with those of the deploy form and, where a file takes pixels, its probabilities with theirs.
+
+    Raises:
+      EquivalenceError: they differ, or prove nothing.
+    """
     preprocess = deployed.preprocess
 
     def reference(variables: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = normalize(pixels, preprocess.mean, preprocess.std)
         logits: Any = deployed.model.apply(variables, images, train=False)
-        return images, jax.nn.softmax(logits) if with_preprocess else logits
+        return images, logits
 
     compiled = jax.jit(reference, compiler_options=compiler_options())
-    expected, found = [], []
+    expected, found, probabilities = [], [], []
     with jax.default_matmul_precision("float32"):
         for batch in batches:
             pixels = np.asarray(batch["image"])[np.asarray(batch["mask"])]
-            images, outputs = compiled(deployed.variables, jnp.asarray(pixels))
+            images, logits = compiled(deployed.variables, jnp.asarray(pixels))
             if not np.isfinite(images).all():
                 raise EquivalenceError(
                     f"nothing would be proven: normalised by mean {preprocess.mean} and std {preprocess.std}, images "
                     "are not finite"
                 )
-            expected.append(np.asarray(outputs))
-            found.append(run(pixels if with_preprocess else np.array(images)))
-    both = np.concatenate(expected), np.concatenate(found)
-    return agreement(*map(_logarithms, both)) if with_preprocess else agreement(*both)
+            expected.append(np.asarray(logits))
+            found.append(of_logits(pixels if of_file else np.array(images)))
+            if of_file:
+                probabilities.append(of_file(pixels))
+    proven = agreement(np.concatenate(expected), np.concatenate(found)).require(TOLERANCE)
+    if of_file:
+        _require_softmax(np.concatenate(found), np.concatenate(probabilities))
+    return proven
 
 
-def _logarithms(probabilities: np.ndarray) -> np.ndarray:
-    """Of probabilities: logits but for a constant, which tell networks apart where one class has all of the 1."""
-    return np.log(np.maximum(probabilities.astype(np.float64), _SMALLEST_PROBABILITY))
+def _require_softmax(logits: np.ndarray, probabilities: np.ndarray) -> None:
+    """See that probabilities are the softmax of logits that one runtime computed of the same images."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    difference = np.abs(exponentials / exponentials.sum(-1, keepdims=True) - probabilities).max()
+    # Logits that round otherwise in the second graph move their softmax by as much.
+    allowed = min(0.1, TOLERANCE * max(1, np.abs(logits).max()))
+    if not difference <= allowed:
+        raise EquivalenceError(
+            f"its probabilities are not the softmax of its logits: they differ by {difference:.3g}, allowed "
+            f"{allowed:.3g}"
+        )

@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 import pytest
 
+from repvgg_jax.data import normalize
 from repvgg_jax.interop import onnx as interop_onnx
 from repvgg_jax.interop.onnx import load_onnx
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.stablehlo import load_stablehlo
-from repvgg_jax.reparam import EquivalenceError, agreement
+from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.command import fuse_command
-from repvgg_jax.training.export import _compare, _logarithms, _noise
+from repvgg_jax.training.export import _compare, _noise
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def run(finished, tmp_path):
 
 def test_a_run_is_exported_and_every_test_image_agrees(run, capsys):
     assert fuse_command([str(run), "--export", "onnx", "stablehlo"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "largest output" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": largest difference" in line]
     assert [line.split(":")[0] for line in lines] == [str(run / "deploy.onnx"), str(run / "deploy.stablehlo")]
     assert all(line.endswith(" 0 predictions changed on 360 test images") for line in lines)
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
@@ -78,7 +79,7 @@ def test_a_deploy_form_alone_is_exported_whatever_its_name(run, tmp_path, capsys
     (tmp_path / "alone").mkdir()
     source = shutil.copy(run / "deploy.safetensors", tmp_path / "alone" / "net.v1.pth")
     assert fuse_command([str(source), "--export", "onnx", "stablehlo", "--opset", "12"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "largest output" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": largest difference" in line]
     assert [line.split(":")[0] for line in lines] == [f"{source}.onnx", f"{source}.stablehlo"]
     assert all(line.endswith("0 predictions changed on 8 images of noise") for line in lines)
     graph = onnx.load(f"{source}.onnx")
@@ -183,12 +184,34 @@ def test_normalised_noise_that_is_not_finite_proves_nothing(run, monkeypatch):
     deployed = load_deploy(run / "deploy.safetensors")
     monkeypatch.setattr("repvgg_jax.training.export.normalize", lambda images, *_: images * jnp.nan)
     with pytest.raises(EquivalenceError, match=r"nothing would be proven: .*images are not finite"):
-        _compare(lambda images: images, deployed, _noise(deployed), False)
+        _compare(lambda images: images, None, deployed, _noise(deployed))
 
 
-def test_probabilities_are_compared_where_one_class_has_all_of_the_1():
-    logits = np.array([[60.0, 0.0, 1.0], [60.0, 2.0, 0.0]])
-    both = [_logarithms(np.asarray(jax.nn.softmax(each))) for each in (logits, logits[::-1])]
-    agreement(both[0], both[0]).require(1e-4)
-    with pytest.raises(EquivalenceError):
-        agreement(*both).require(1e-4)
+def saturated(run):
+    """A deploy form whose probabilities are 0 and 1: float32 shows nothing of its logits behind the softmax."""
+    deployed = load_deploy(run / "deploy.safetensors")
+    params = deployed.variables["params"]
+    head = {name: leaf * 1e6 for name, leaf in params["head"].items()}
+    return deployed._replace(variables={"params": {**params, "head": head}})
+
+
+def test_logits_are_proven_where_probabilities_are_0_and_1(run):
+    deployed = saturated(run)
+    batches = _noise(deployed)
+    pixels = np.concatenate([batch["image"] for batch in batches])
+    model, preprocess = deployed.model, deployed.preprocess
+
+    def logits(pixels, factor=1.0):
+        images = jnp.asarray(normalize(jnp.asarray(pixels), preprocess.mean, preprocess.std))
+        return factor * np.asarray(model.apply(deployed.variables, images, train=False))
+
+    def probabilities(pixels):
+        return np.asarray(jax.nn.softmax(logits(pixels)))
+
+    wrong = probabilities(pixels)
+    np.testing.assert_array_equal(wrong, jax.nn.softmax(logits(pixels, 1.01)))
+    _compare(logits, probabilities, deployed, batches)
+    with pytest.raises(EquivalenceError, match="not the same function"):
+        _compare(lambda pixels: logits(pixels, 1.01), probabilities, deployed, batches)
+    with pytest.raises(EquivalenceError, match="not the softmax of its logits"):
+        _compare(logits, lambda pixels: probabilities(pixels)[:, ::-1], deployed, batches)
