@@ -125,8 +125,9 @@ def by_path(tree: Any) -> dict[Path, Any]:
     return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+@lru_cache
 def template(model: RepVGG, in_channels: int) -> Any:
-    """Shapes and dtypes of a model's variables."""
+    """Shapes and dtypes of a model's variables; to read, not to change."""
     images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), model.param_dtype)
     init: Callable[..., Any] = lambda key, x: model.init(key, x, train=False)  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0), images)

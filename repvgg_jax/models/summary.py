@@ -73,9 +73,8 @@ def summarize(model: RepVGG, image_shape: tuple[int, int, int]) -> Summary:
 
 def _count(model: RepVGG, images: jax.ShapeDtypeStruct) -> dict[str, tuple[tuple[int, ...], int, int]]:
     def outputs(key: Any, x: jax.Array) -> Any:
-        variables = model.init(key, x, train=False)
-        _, state = model.apply(variables, x, train=False, capture_intermediates=True, mutable=["intermediates"])
-        return variables["params"], state["intermediates"]
+        variables = model.init(key, x, train=False, capture_intermediates=True, mutable=True)
+        return variables["params"], variables["intermediates"]
 
     params, intermediates = jax.eval_shape(outputs, jax.random.key(0), images)
     rows = {}
