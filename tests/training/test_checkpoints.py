@@ -211,14 +211,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 def test_the_best_is_kept_by_the_processes_that_resume_the_run(tmp_path):
     state = create_state(*setting(CONFIG))
-    for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.9, 0.7, 0.8]):
+    for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.9, 0.7, 0.8], start=1):
         with Checkpoints(tmp_path, keep=2) as checkpoints:
-            with MetricsLog(tmp_path, resume_epoch=step) as log:
-                log.write({"epoch": step + 1, "step": step, "test/accuracy": accuracy})
+            with MetricsLog(tmp_path, resume_epoch=step - 1) as log:
+                log.write({"epoch": step, "step": step, "test/accuracy": accuracy})
             checkpoints.save(at_step(state, step), {}, accuracy=accuracy)
-        best = 1 if 1 <= step < 4 else step if step < 1 else 4
+        best = 1 if step < 2 else 2 if step < 5 else 5
         kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-        assert kept == {str(each) for each in {best, max(step - 1, 0), step}}
+        assert kept == {str(each) for each in {best, max(step - 1, 1), step}}
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
