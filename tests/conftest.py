@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -35,6 +36,14 @@ def float32():
     """Run the test with JAX's default precision, whatever JAX_ENABLE_X64 says."""
     with jax.enable_x64(False):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """What a file compiled is dropped at its end: a worker that keeps all of it grows to several gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
