@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from examples.segmentation import CLASSES, SIZE, Settings, draw_scenes, main
@@ -16,6 +17,7 @@ def test_scenes_show_what_their_classes_say():
     assert inside < 0.35
 
 
+@pytest.mark.long
 def test_the_segmentation_example_trains_fuses_and_draws(tmp_path, capsys):
     assert main(Settings(steps=4, picture=str(tmp_path / "scenes.png"))) == 0
     assert "0 of 131,072 pixels changed" in capsys.readouterr().out

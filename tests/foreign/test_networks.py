@@ -1,6 +1,6 @@
 """Networks of other libraries compute the same when merged, and no batch norm is left after a convolution.
 
-The slow ones: `pytest -m slow tests/foreign`.
+`pytest -m long tests/foreign`, and all of the table: `pytest -m "long or slow" tests/foreign`.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from benchmarks import foreign
 
 # (library, network) → convolutions, then scales, before and after. What is left are norms that follow no convolution:
 # before an activation (DenseNet, ResNet v2), or in front of padding, where the network normalizes its images.
-QUICK = {
+LONG = {
     ("keras", "MobileNetV2"): ((52, 52), (52, 0)),
     ("kimm", "RepVGGA0"): ((44, 22), (62, 1)),
     ("haiku", "ResNet18 v1"): ((20, 20), (20, 0)),
@@ -31,8 +31,8 @@ SLOW = {
     ("flaxmodels", "ResNet50"): ((53, 53), (54, 1)),
 }
 MODULES = {"nnx": "flax"}
-MARKS = {network: [pytest.mark.slow] for network in SLOW}
-NETWORKS = [pytest.param(*network, marks=MARKS.get(network, ())) for network in QUICK | SLOW]
+MARKS = {network: pytest.mark.long for network in LONG} | {network: pytest.mark.slow for network in SLOW}
+NETWORKS = [pytest.param(*network, marks=mark) for network, mark in MARKS.items()]
 
 
 @pytest.mark.usefixtures("float32")
@@ -40,7 +40,7 @@ NETWORKS = [pytest.param(*network, marks=MARKS.get(network, ())) for network in 
 def test_a_network_of_another_library_is_merged_and_computes_the_same(library, name, require):
     require(MODULES.get(library, library))
     found = foreign.measure(library, name, side=72 if name == "Xception" else 40)
-    convolutions, scales = (QUICK | SLOW)[library, name]
+    convolutions, scales = (LONG | SLOW)[library, name]
     assert found.convolutions == convolutions
     assert (found.before.scales, found.after.scales) == scales
     assert found.after.unfolded == 0
@@ -51,4 +51,4 @@ def test_a_network_of_another_library_is_merged_and_computes_the_same(library, n
 
 
 def test_every_network_of_the_table_is_tested():
-    assert {(library, name) for library, (_, names) in foreign.LIBRARIES.items() for name in names} == set(QUICK | SLOW)
+    assert {(library, name) for library, (_, names) in foreign.LIBRARIES.items() for name in names} == set(LONG | SLOW)
