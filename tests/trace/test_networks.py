@@ -17,6 +17,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 LINEN = {
+    "resnet": (networks.ResNet((1, 2)), (8, 8)),
+    "bottleneck": (networks.ResNet((2, 1), bottleneck=True), (12, 12)),
     "resnet18": (networks.ResNet(), (20, 20)),
     "resnet50": (networks.ResNet((3, 4, 6, 3), bottleneck=True), (53, 53)),
     "mobileone": (networks.MobileOne(), (18, 6)),
@@ -31,24 +33,34 @@ LINEN = {
 }
 
 
-@pytest.mark.parametrize("name", LINEN)
+LONG = ("resnet18", "resnet50")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LINEN])
 def test_a_linen_network_keeps_its_function_in_the_fewest_convolutions(name):
     module, expected = LINEN[name]
     shape = (2, 13, 14, 6 if name in ("mobileone_grouped", "qarepvgg", "large_kernel") else 3)
     before, after = compare(module.apply, drawn(module, shape), shape, any_size=True)
     assert (before["conv_general_dilated"], after["conv_general_dilated"]) == expected
-    if name.startswith("resnet"):
+    if isinstance(module, networks.ResNet):
         # No arithmetic of a batch norm is left: a bias for each convolution, the residual sums, the head's bias.
-        sums = 8 if name == "resnet18" else 16
         assert before["rsqrt"] == expected[0]
         assert (after["rsqrt"], after["sub"], after["div"]) == (0, 0, 0)
-        assert after["add"] == expected[1] + sums + 1
+        assert after["add"] == expected[1] + sum(module.depths) + 1
     if name == "attention":
         # Broadcasts of constants cost nothing.
         assert after.total() - after["broadcast_in_dim"] <= before.total() - before["broadcast_in_dim"]
 
 
-@pytest.mark.parametrize(("depths", "bottleneck", "count"), [((2, 2, 2, 2), False, 20), ((3, 4, 6, 3), True, 53)])
+@pytest.mark.parametrize(
+    ("depths", "bottleneck", "count"),
+    [
+        ((1, 2), False, 8),
+        ((2, 1), True, 12),
+        pytest.param((2, 2, 2, 2), False, 20, marks=pytest.mark.long),
+        pytest.param((3, 4, 6, 3), True, 53, marks=pytest.mark.long),
+    ],
+)
 def test_a_resnet_in_nnx_is_merged_too(depths, bottleneck, count):
     module = networks.NNXResNet(depths, bottleneck, nnx.Rngs(0))
     graph, state = nnx.split(module)
@@ -72,11 +84,22 @@ def test_a_network_of_bare_lax_is_merged_too():
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "repvgg_a0" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name == "repvgg_a0" else pytest.mark.slow) for name in VARIANTS],
 )
 def test_every_repvgg_comes_out_as_fuse_model_makes_it(name):
     """As many convolutions, multiply-adds and parameters as the deploy form, and its logits."""
-    model = create_model(name, num_classes=10, param_dtype=jnp.float64)
+    compare_with_fuse_model(create_model(name, num_classes=10, param_dtype=jnp.float64))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvggplus_l2pse"])
+def test_a_short_repvgg_comes_out_as_fuse_model_makes_it(name):
+    """Dense, in groups, and with squeeze-excite and auxiliary heads."""
+    small = dict(depths=(1, 1, 2, 1), width_multiplier=(0.125,) * 4, num_classes=5)
+    compare_with_fuse_model(create_model(name, **small, param_dtype=jnp.float64))
+
+
+def compare_with_fuse_model(model):
     variables = random_variables(model, (1, 32, 32, 3))
     images = random_images((2, 33, 33, 3))
     apply = lambda model: lambda v, x: model.apply(v, x, train=False)  # noqa: E731
