@@ -31,7 +31,7 @@ SLOW = {
     ("flaxmodels", "ResNet50"): ((53, 53), (54, 1)),
 }
 MODULES = {"nnx": "flax"}
-MARKS = {network: pytest.mark.long for network in LONG} | {network: pytest.mark.slow for network in SLOW}
+MARKS = dict.fromkeys(LONG, pytest.mark.long) | dict.fromkeys(SLOW, pytest.mark.slow)
 NETWORKS = [pytest.param(*network, marks=mark) for network, mark in MARKS.items()]
 
 

@@ -1,5 +1,6 @@
 """ONNX graphs compute what the deploy form computes, in ONNX Runtime."""
 
+import functools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.random_variables import random_images, random_variables
 SMALL = dict(num_classes=7, depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25))
 
 
+@functools.cache
 def deployed(name="repvgg_a0", **fields):
     model = create_model(name, **{**SMALL, **fields})
     return fuse_model(model, random_variables(model, dtype=np.float32))
@@ -31,7 +33,12 @@ def run(graph, images):
 
 
 def apply(model, variables, images):
-    return np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, jnp.asarray(images)))
+    return np.asarray(_apply(model, variables, np.asarray(images)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, variables, images):
+    return model.apply(variables, images, train=False)
 
 
 @pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1), "dilated"])

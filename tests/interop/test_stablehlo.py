@@ -1,11 +1,11 @@
 """StableHLO files compute what the deploy form computes, without flax and without this package."""
 
+import functools
 import re
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
@@ -19,13 +19,19 @@ from tests.random_variables import random_images, random_variables
 SMALL = dict(num_classes=7, depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25))
 
 
+@functools.cache
 def deployed(name="repvgg_a0"):
     model = create_model(name, **SMALL)
     return fuse_model(model, random_variables(model, dtype=np.float32))
 
 
 def apply(model, variables, images):
-    return np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, jnp.asarray(images)))
+    return np.asarray(_apply(model, variables, np.asarray(images)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, variables, images):
+    return model.apply(variables, images, train=False)
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])

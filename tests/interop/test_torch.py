@@ -1,3 +1,6 @@
+import re
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import pytest
 
 from repvgg_jax import VARIANTS, create_model, fuse_model
 from repvgg_jax.interop.torch import from_state_dict, to_state_dict
+from repvgg_jax.interop.torch_keys import template
 from tests.golden.official import GOLDEN_NAMES, draw_images, draw_tensor, logits, state_dict_shapes
 from tests.random_variables import random_variables
 
@@ -14,49 +18,60 @@ def shapes_of(state_dict):
     return {key: list(value.shape) for key, value in state_dict.items()}
 
 
+GOLDEN_KEYS = [
+    ("repvgg_a0", "official", False, "official/RepVGG-A0"),
+    ("repvgg_a0", "official", True, "official-fused/RepVGG-A0"),
+    ("repvgg_a0", "timm", False, "timm/repvgg_a0"),
+    ("repvgg_a0", "timm", True, "timm-fused/repvgg_a0"),
+    ("repvgg_b1g4", "official", False, "official/RepVGG-B1g4"),
+    ("repvgg_b1g4", "timm", False, "timm/repvgg_b1g4"),
+    ("repvgg_d2se", "official", False, "official/RepVGG-D2se"),
+    ("repvgg_d2se", "timm", False, "timm/repvgg_d2se"),
+    ("repvggplus_l2pse", "official", False, "official/RepVGGplus-L2pse"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "deploy", "golden"),
-    [
-        ("repvgg_a0", "official", False, "official/RepVGG-A0"),
-        ("repvgg_a0", "official", True, "official-fused/RepVGG-A0"),
-        ("repvgg_a0", "timm", False, "timm/repvgg_a0"),
-        ("repvgg_a0", "timm", True, "timm-fused/repvgg_a0"),
-        ("repvgg_b1g4", "official", False, "official/RepVGG-B1g4"),
-        ("repvgg_b1g4", "timm", False, "timm/repvgg_b1g4"),
-        ("repvgg_d2se", "official", False, "official/RepVGG-D2se"),
-        ("repvgg_d2se", "timm", False, "timm/repvgg_d2se"),
-        ("repvggplus_l2pse", "official", False, "official/RepVGGplus-L2pse"),
-    ],
+    [pytest.param(*case, marks=() if case[0] == "repvgg_a0" else pytest.mark.long) for case in GOLDEN_KEYS],
 )
 def test_state_dicts_have_the_keys_and_shapes_of_the_other_side(name, layout, deploy, golden):
     model = create_model(name, deploy=deploy)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-    assert shapes_of(to_state_dict(model, hollow, layout)) == state_dict_shapes(golden)
+    assert shapes_of(to_state_dict(model, hollow(model), layout)) == state_dict_shapes(golden)
+
+
+def block_of(key):
+    return re.match(r"stage\w*_aux|stage\w*\.(blocks\.)?\d+(\.\d+)?(?=\.)|\w+", key)[0]
+
+
+@pytest.mark.parametrize(("name", "layout", "deploy", "golden"), GOLDEN_KEYS)
+def test_each_block_of_a_shorter_network_has_the_keys_and_shapes_of_the_other_side(name, layout, deploy, golden):
+    # Even depths as published: every other block is in groups.
+    model = create_model(name, deploy=deploy, depths=(2, 2, 2, 1))
+    found = shapes_of(to_state_dict(model, hollow(model), layout))
+    blocks = {block_of(key) for key in found}
+    assert len(blocks) == len(model.blocks) + 1 + 3 * model.auxiliary_heads
+    assert found == {key: shape for key, shape in state_dict_shapes(golden).items() if block_of(key) in blocks}
 
 
 def official_state_dict(model):
-    template = random_shapes(model)
-    keys = to_state_dict(model, template, "official")
+    keys = to_state_dict(model, hollow(model), "official")
     return {key: draw_tensor(key, value.shape) for key, value in keys.items() if "num_batches" not in key}
 
 
-def random_shapes(model):
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
-    return jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+def hollow(model):
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), template(model, 3))
 
 
 def relative_error(expected, found):
     return float(np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max())
 
 
-QUICK = ["repvgg_a0", "repvgg_b1g4"]
+MARKS = {"repvgg_a0": (), "repvgg_b1g4": pytest.mark.long}
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in VARIANTS])
 def test_logits_equal_the_official_ones_in_both_forms_at_even_and_odd_size(name):
     golden = GOLDEN_NAMES[name]
     model = create_model(name, param_dtype=jnp.float64)
@@ -89,14 +104,16 @@ def test_logits_equal_the_official_ones_in_both_forms_at_even_and_odd_size(name)
             assert relative_error(expected["logits"], flipped["logits"]) > 1e-3
 
 
+@partial(jax.jit, static_argnums=0)
 def run(form, variables, images):
-    return jax.jit(lambda v, x: form.apply(v, x, train=False, features=True))(variables, images)
+    return form.apply(variables, images, train=False, features=True)
 
 
 def to_float32(variables):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("float64")
 def test_ten_classes_have_the_official_logits_too():
     model = create_model("repvgg_a0", num_classes=10, param_dtype=jnp.float64)

@@ -12,15 +12,17 @@ import safetensors.numpy
 
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.interop.torch import from_state_dict, to_state_dict
+from repvgg_jax.interop.torch_keys import template
 from repvgg_jax.interop.weights_file import load_weights, read_state_dict
 from tests.random_variables import random_variables
 
 VARIANT = "repvgg_a0"
+pytestmark = pytest.mark.usefixtures("short_variants")
 
 
 @pytest.fixture(scope="module")
-def published():
-    """A0 as published, for ten classes, and its variables."""
+def published(short_variants):
+    """A0 for ten classes, and its variables."""
     model = create_model(VARIANT, num_classes=10)
     return model, random_variables(model, dtype=np.float32)
 
@@ -64,13 +66,12 @@ def test_weights_of_another_variant_are_refused(published, tmp_path):
         ("repvgg_b0", "timm", True),
         ("repvgg_b1g4", "official", False),
         ("repvgg_d2se", "timm", False),
-        pytest.param("repvggplus_l2pse", "official", False, marks=pytest.mark.slow),
+        ("repvggplus_l2pse", "official", False),
     ],
 )
 def test_the_variant_that_would_fit_is_named_in_a_few_lines(name, layout, deploy):
     model = create_model(name, num_classes=10, deploy=deploy)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32), train=False))
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), template(model, 3))
     state_dict = to_state_dict(model, hollow, layout)
     with pytest.raises(ValueError) as error:
         from_state_dict(create_model(VARIANT, num_classes=10, deploy=deploy), state_dict)
