@@ -52,7 +52,7 @@ class ResNet(nn.Module):
 def main() -> None:
     """Merge a ResNet-18 whose batch norms are random, and compare."""
     resnet, images = ResNet(), jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
-    variables = resnet.init(jax.random.key(1), images)
+    variables = jax.jit(resnet.init)(jax.random.key(1), images)
     random = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -61,7 +61,7 @@ def main() -> None:
     variables = jax.tree_util.tree_map_with_path(draw, variables)
     fused = reparameterize(resnet.apply, variables, images)
     print(fused.report())
-    expected, found = resnet.apply(variables, images), fused(fused.params, images)
+    expected, found = jax.jit(resnet.apply)(variables, images), jax.jit(fused)(fused.params, images)
     print(f"\nlargest difference: {abs(found - expected).max() / abs(expected).max():.1e} of the largest logit")
 
 

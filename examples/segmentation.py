@@ -54,6 +54,7 @@ class Segmenter(nn.Module):
         return jax.image.resize(logits, (*images.shape[:3], len(CLASSES)), "bilinear")
 
 
+@partial(jax.jit, static_argnums=1)
 def draw_scenes(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """A disk and a square each, of random place and colour, in noise; and the class of every pixel."""
     places, colours, noise = jax.random.split(key, 3)
@@ -101,7 +102,7 @@ def main(settings: Settings) -> int:
         "repvgg_a0", depths=(1, 2, 2, 1), width_multiplier=(0.25,) * 4, strides=(1, 2, 2, 2, 2), output_stride=4
     )
     model = Segmenter(backbone)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), train=False)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, settings.steps))
     state = optimizer.init(variables["params"])
     for step in range(settings.steps):

@@ -23,7 +23,7 @@ def test_training_mode_is_pointed_out(ops):
     train = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[0]  # noqa: E731
     fused = reparameterize(train, variables, images)
     assert fused.report().count("Was the function traced with train=True?") == 1
-    np.testing.assert_allclose(fused(fused.params, images), train(variables, images), atol=1e-4)
+    np.testing.assert_allclose(jax.jit(fused)(fused.params, images), jax.jit(train)(variables, images), atol=1e-4)
     assert "train=True" not in reparameterize(lambda v, x: model.apply(v, x, train=False), variables, images).report()
 
 
@@ -80,12 +80,13 @@ def test_convolutions_in_a_loop_are_counted_and_pointed_out(dtype):
     """In float32 on CPU a lowering stands beside the plain convolution, and is not counted again."""
     images = jnp.ones((1, 5, 5, 4), dtype)
     module = Scanned()
-    variables = module.init(jax.random.key(0), images)
+    variables = jax.jit(module.init)(jax.random.key(0), images)
     fused = reparameterize(module.apply, variables, images)
     assert fused.totals["convolutions"] == (6, 6)
     assert fused.totals["multiply-adds"].before == 3 * 25 * (9 + 1) * 4 * 4
     assert "inside of `scan`, where nothing is merged. Trace the layers one after the other" in fused.report()
-    np.testing.assert_allclose(fused(fused.params, images), module.apply(variables, images), rtol=1e-6)
+    expected = jax.jit(module.apply)(variables, images)
+    np.testing.assert_allclose(jax.jit(fused)(fused.params, images), expected, rtol=1e-6)
 
 
 def branches(function):
