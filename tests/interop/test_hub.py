@@ -19,8 +19,11 @@ def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
+pytestmark = pytest.mark.usefixtures("short_variants")
+
+
 @pytest.fixture(scope="module")
-def variables():
+def variables(short_variants):
     return random_variables(create_model("repvgg_a0", num_classes=5), dtype=np.float32)
 
 

@@ -41,8 +41,18 @@ def _apply(model, variables, images):
     return model.apply(variables, images, train=False)
 
 
-@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1), "dilated"])
-@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
+STRIDES = [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1), "dilated"]
+QUICK = [("repvgg_b1g4", strides) for strides in STRIDES] + [
+    ("repvgg_a0", STRIDES[1]), ("repvgg_d2se", STRIDES[0]), ("repvggplus_l2pse", STRIDES[0])
+]  # fmt: skip
+REST = [(name, each) for name in ("repvgg_a0", "repvgg_d2se", "repvggplus_l2pse") for each in STRIDES]
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.long) for case in REST if case not in QUICK)],
+    ids=str,
+)
 def test_onnx_runtime_computes_the_logits_of_the_deploy_form(name, strides):
     model, variables = deployed(name, **({"output_stride": 8} if strides == "dilated" else {"strides": strides}))
     graph = to_onnx(model, variables)
