@@ -16,6 +16,7 @@ from repvgg_jax.ops.lowering import Window
 from repvgg_jax.ops.table import LOWERINGS, choose
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 32)
+FEW_SIZES = (1, 2, 3, 5, 8)  # below one tile of Winograd's, and with and without a remainder
 TOLERANCE = 2e-5
 ONE = ((1, 1), (1, 1))
 NONE = ((0, 0), (0, 0))
@@ -162,22 +163,27 @@ def test_the_truth_is_that_of_lax_in_float64(input_shape, kernel_shape, window):
 
 
 @pytest.mark.parametrize("name", [name for name in LOWERINGS if name != "plain"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [n if n in FEW_SIZES else pytest.param(n, marks=pytest.mark.long) for n in SIZES])
 def test_every_lowering_is_the_convolution_on_every_map_size(name, size):
-    seen = 0
-    for side, stride, channels, groups in itertools.product((1, 3), (1, 2), (3, 16), (1, 4, 16)):
-        window = Window((stride, stride), ONE if side == 3 else NONE, groups if channels == 16 else 1)
-        shapes = (2, size, size, channels), (side, side, channels // window.groups, 16)
-        if not LOWERINGS[name].supports(*shapes, window):
-            continue
-        arrays = problem(*shapes, window)
-        assert_close(by_lowering(LOWERINGS[name], *arrays, window), truth(*arrays, window))
-        seen += 1
-    assert seen > 0
+    """Compiled in one program."""
+    cases = []
+    for side, stride, (channels, groups) in itertools.product((1, 3), (1, 2), ((3, 1), (16, 4), (16, 16))):
+        window = Window((stride, stride), ONE if side == 3 else NONE, groups)
+        shapes = (2, size, size, channels), (side, side, channels // groups, 16)
+        if LOWERINGS[name].supports(*shapes, window):
+            cases.append((*problem(*shapes, window), window))
+    assert cases
+
+    @jax.jit
+    def run(arrays):
+        return [by_lowering(LOWERINGS[name], *each, case[3]) for each, case in zip(arrays, cases, strict=True)]
+
+    for case, found in zip(cases, run([case[:3] for case in cases]), strict=True):
+        assert_close(found, truth(*case))
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.data())
 def test_every_lowering_is_the_convolution_wherever_it_says_it_is(name, data):
     case = data.draw(SUPPORTED[name])
@@ -186,7 +192,7 @@ def test_every_lowering_is_the_convolution_wherever_it_says_it_is(name, data):
     assert_close(by_lowering(LOWERINGS[name], *arrays, case[2]), truth(*arrays, case[2]))
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(problems())
 def test_the_public_function_is_the_convolution(case):
     arrays = problem(*case)
@@ -207,7 +213,7 @@ def test_the_same_check_fails_on_a_padding_that_is_off_by_one(name):
     assert_close(found, truth(*arrays, shifted))
 
 
-@pytest.mark.parametrize("groups", [2, 4, 8, 9, 32, 256, 1024])
+@pytest.mark.parametrize("groups", [2, 8, 9, 32, 1024])
 @pytest.mark.parametrize("within", [1, 2])
 def test_the_program_does_not_grow_with_the_groups(groups, within):
     """By its size, which compilation takes its time from; depthwise, and with two channels a group."""
@@ -233,7 +239,7 @@ def test_the_program_does_not_grow_with_the_groups(groups, within):
 def test_the_same_measure_sees_groups_that_are_unrolled(monkeypatch):
     monkeypatch.setattr(grouped, "FEW_GROUPS", 1024)
     with pytest.raises(AssertionError):
-        test_the_program_does_not_grow_with_the_groups(256, 2)
+        test_the_program_does_not_grow_with_the_groups(64, 2)
 
 
 @pytest.mark.parametrize("groups", [2, 4, 9, 32, 64])

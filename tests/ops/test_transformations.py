@@ -1,5 +1,7 @@
 """The convolution and the batch norm under jit, grad, vmap, remat, eval_shape, export and a sharded batch."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,44 +74,62 @@ def test_the_cases_reach_every_lowering_of_the_table():
     assert reached == set(LOWERINGS) - {"winograd_f2", "space_to_depth", "block_diagonal"}
 
 
+@cache
+def step(case):
+    """The loss of a block and its gradients, compiled once for the tests that compare with it."""
+    return jax.jit(jax.value_and_grad(block(ours, case), (0, 1, 2, 3)))
+
+
 @cases
 def test_the_gradient_of_a_block_is_that_of_the_plain_block(case):
     inputs = (*arrays(case), *scale_and_bias(case))
-    found = jax.jit(jax.grad(block(ours, case), (0, 1, 2, 3)))(*inputs)
-    expected = jax.jit(jax.grad(block(plain, case), (0, 1, 2, 3)))(*inputs)
-    assert_close(found, expected, 1e-4)
+    expected = jax.jit(jax.value_and_grad(block(plain, case), (0, 1, 2, 3)))(*inputs)
+    assert_close(step(case)(*inputs), expected, 1e-4)
 
 
-@cases
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[] if name in ("winograd", "im2col", "depthwise") else pytest.mark.long)
+        for name, case in SHAPES.items()
+    ],
+)
 def test_rematerialised_gradients_are_the_same(case):
     inputs = (*arrays(case), *scale_and_bias(case))
     found = jax.jit(jax.grad(jax.checkpoint(block(ours, case)), (0, 1, 2, 3)))(*inputs)
-    expected = jax.jit(jax.grad(block(ours, case), (0, 1, 2, 3)))(*inputs)
-    assert_close(found, expected)
+    assert_close(found, step(case)(*inputs)[1])
 
 
 @cases
 def test_vmap_over_images_and_kernels_is_a_loop(case):
+    """Over the plain convolution."""
     x, kernel = (np.stack(pair) for pair in zip(arrays(case), arrays(case, 1), strict=True))
 
-    def convolve(x, kernel):
-        return jnp.sin(ours(x, kernel, *case[2:])).sum()
+    def gradients(convolve):
+        return jax.value_and_grad(lambda x, kernel: jnp.sin(convolve(x, kernel, *case[2:])).sum(), (0, 1))
 
-    step = jax.value_and_grad(convolve, (0, 1))
-    found = jax.jit(jax.vmap(step))(x, kernel)
-    expected = [jax.jit(step)(x[i], kernel[i]) for i in range(2)]
-    assert_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), *expected), 1e-4)
-    shared = jax.jit(jax.vmap(convolve, (0, None)))(x, kernel[0])
-    np.testing.assert_allclose(shared[0], expected[0][0], rtol=1e-4)
+    @jax.jit
+    def run(x, kernel):
+        shared = jax.vmap(lambda x, kernel: ours(x, kernel, *case[2:]), (0, None))
+        return jax.vmap(gradients(ours))(x, kernel), shared(x, kernel[0])
+
+    found, shared = run(x, kernel)
+    one, other = map(jax.jit(gradients(plain)), x, kernel)
+    assert_close(found, jax.tree.map(lambda *leaves: np.stack(leaves), one, other), 1e-4)
+    assert_close(shared, np.stack([plain(each, kernel[0], *case[2:]) for each in x]))
 
 
 @cases
-def test_eval_shape_and_eager_calls_agree(case):
+def test_eval_shape_eager_calls_and_an_export_for_cpu_and_cuda_agree(case):
     x, kernel = arrays(case)
-    y = ours(x, kernel, *case[2:])
-    promised = jax.eval_shape(lambda x, kernel: ours(x, kernel, *case[2:]), x, kernel)
+    convolve = lambda x, kernel: ours(x, kernel, *case[2:])  # noqa: E731
+    expected = plain(x, kernel, *case[2:])
+    y = convolve(x, kernel)
+    promised = jax.eval_shape(convolve, x, kernel)
     assert (promised.shape, promised.dtype) == (y.shape, y.dtype)
-    assert_close(y, plain(x, kernel, *case[2:]))
+    assert_close(y, expected)
+    exported = jax.export.export(jax.jit(convolve), platforms=["cpu", "cuda"])(x, kernel)
+    assert_close(exported.call(x, kernel), expected)
 
 
 @cases
@@ -118,13 +138,12 @@ def test_a_sharded_batch_gives_what_one_device_gives(case):
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     x, *parameters = (*arrays(case), *scale_and_bias(case))
     x += np.arange(8, dtype=np.float32)[:, None, None, None]  # so that local statistics would differ
-    step = jax.jit(jax.value_and_grad(block(ours, case), (0, 1, 2, 3)))
-    expected = step(x, *parameters)
+    expected = step(case)(x, *parameters)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
     replicated = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
-    found = step(sharded, *replicated)
-    assert_close(found, expected, 1e-4)
-    text = step.lower(sharded, *replicated).compile().as_text()
+    compiled = step(case).lower(sharded, *replicated).compile()
+    assert_close(compiled(sharded, *replicated), expected, 1e-4)
+    text = compiled.as_text()
     assert "all-reduce" in text
     assert "all-to-all" not in text
     assert "all-gather" not in text
@@ -192,15 +211,6 @@ def test_exports_for_accelerators_hold_plain_convolutions_only(case, platform):
     assert text.count("stablehlo.convolution") == 3
     assert "dot_general" not in text
     assert "inlineable" not in text
-
-
-@cases
-def test_an_export_for_cpu_and_cuda_runs_here(case):
-    x, kernel = arrays(case)
-    exported = jax.export.export(jax.jit(lambda x, kernel: ours(x, kernel, *case[2:])), platforms=["cpu", "cuda"])(
-        x, kernel
-    )
-    assert_close(exported.call(x, kernel), plain(x, kernel, *case[2:]))
 
 
 @pytest.mark.parametrize(
