@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +17,20 @@ def stages(model, variables, images):
     return {name: np.asarray(ends[name]) for name in ("stage2", "stage3", "stage4")}
 
 
+@cache
+def undilated(size):
+    """Variables, images and the maps of the strided network, for every output stride."""
+    model, images = create_model("repvgg_a0", **SMALL), random_images((2, size, size, 3))
+    variables = random_variables(model)
+    return variables, images, stages(model, variables, images)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_a_dilated_network_computes_the_undilated_one_at_every_pixel_between(output_stride, size):
     """Every k-th pixel of a dilated map is a pixel of the strided one, for the same variables."""
-    model = create_model("repvgg_a0", **SMALL)
-    variables = random_variables(model)
-    images = random_images((2, size, size, 3))
-    strided = stages(model, variables, images)
+    variables, images, strided = undilated(size)
     dilated_model = create_model("repvgg_a0", output_stride=output_stride, **SMALL)
     dilated = stages(dilated_model, variables, images)
     for name, stride in (("stage2", 8), ("stage3", 16), ("stage4", 32)):

@@ -14,21 +14,36 @@ from tests.random_variables import random_images, random_variables
 
 
 def small(name="repvgg_a0", **fields):
-    settings = dict(depths=(1, 2, 4, 1), width_multiplier=(0.5, 0.5, 0.5, 0.5), num_classes=11)
+    settings = dict(depths=(1, 1, 2, 1), width_multiplier=(0.5, 0.5, 0.5, 0.5), num_classes=11)
     return create_model(name, **{**settings, **fields})
 
 
+def both_forms(model, variables, images):
+    """The logits of the training form and of the deploy form, compiled in one program."""
+    deploy_model, deploy_variables = fuse_model(model, variables)
+
+    @jax.jit
+    def logits(variables, deploy_variables, images):
+        expected = model.apply(variables, images, train=False)
+        return expected, deploy_model.apply(deploy_variables, images, train=False)
+
+    return logits(variables, deploy_variables, images)
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("size", [32, 33])
-@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 2)])
-@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g2", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"])
+@pytest.mark.parametrize(
+    ("name", "strides", "size"),
+    [
+        pytest.param(name, strides, size, marks=pytest.mark.long if name not in every and size == other else [])
+        for every in [("repvgg_a0", "repvgg_b1g4")]
+        for name in (*every, "repvgg_b1g2", "repvgg_d2se", "repvggplus_l2pse")
+        for strides, other in (((2, 2, 2, 2, 2), 33), ((1, 1, 2, 2, 2), 32))
+        for size in (32, 33)
+    ],
+)
 def test_fuse_preserves_logits_in_float64(name, strides, size):
     model = small(name, strides=strides)
-    images = random_images((2, size, size - 1, 3))
-    variables = random_variables(model)
-    expected = model.apply(variables, images, train=False)
-    deploy_model, deploy_variables = fuse_model(model, variables)
-    found = deploy_model.apply(deploy_variables, images, train=False)
+    expected, found = both_forms(model, random_variables(model), random_images((2, size, size - 1, 3)))
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
     assert assert_equivalent(expected, found, rtol=1e-12).max_reference > 0.1
     chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-12 * float(jnp.abs(expected).max()))
@@ -39,10 +54,7 @@ def test_fuse_preserves_logits_in_float64(name, strides, size):
 def test_fuse_preserves_logits_to_rounding_in_float32(name):
     model = small(name)
     images = random_images((8, 32, 32, 3), np.float32)
-    variables = random_variables(model, dtype=np.float32)
-    expected = model.apply(variables, images, train=False)
-    deploy_model, deploy_variables = fuse_model(model, variables)
-    found = deploy_model.apply(deploy_variables, images, train=False)
+    expected, found = both_forms(model, random_variables(model, dtype=np.float32), images)
     assert found.dtype == np.float32
     assert_equivalent(expected, found, rtol=1e-5)
     chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
@@ -52,25 +64,28 @@ def test_fuse_preserves_logits_to_rounding_in_float32(name):
 def test_fuse_after_training_steps_preserves_logits():
     model = small(param_dtype=jnp.float64)
     variables = random_variables(model)
+    step = jax.jit(lambda variables, images: model.apply(variables, images, train=True, mutable=["batch_stats"])[1])
     for seed in range(3):
         images = random_images((8, 32, 32, 3), seed=seed) * 3 + 1
-        _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        variables = {**variables, **updates}
-    expected = model.apply(variables, images, train=False)
-    deploy_model, deploy_variables = fuse_model(model, variables)
-    assert_equivalent(expected, deploy_model.apply(deploy_variables, images, train=False), rtol=1e-12)
+        variables = {**variables, **step(variables, images)}
+    assert_equivalent(*both_forms(model, variables, images), rtol=1e-12)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("epsilon", [1e-3, 1e-4, 0.0])
-def test_a_wrong_epsilon_is_caught(epsilon):
+def test_a_wrong_epsilon_is_caught():
     model, images = small(), random_images((2, 32, 32, 3))
     variables = random_variables(model)
-    ends = model.apply(variables, images, train=False, features=True)
-    wrong = model.clone(deploy=True).apply(fuse(variables, epsilon=epsilon), images, train=False, features=True)
-    with pytest.raises(ValueError, match="not the same function"):
-        assert_equivalent(ends["logits"], wrong["logits"], rtol=1e-7)
-    assert first_divergence(ends, wrong, rtol=1e-7) == "stem"
+
+    def endpoints(model):
+        found = jax.jit(lambda variables: model.apply(variables, images, train=False, features=True))
+        return lambda variables: dict(sorted(found(variables).items(), key=lambda end: end[0] != "stem"))
+
+    ends, deploy = endpoints(model)(variables), endpoints(model.clone(deploy=True))
+    for epsilon in (1e-3, 1e-4, 0.0):
+        wrong = deploy(fuse(variables, epsilon=epsilon))
+        with pytest.raises(ValueError, match="not the same function"):
+            assert_equivalent(ends["logits"], wrong["logits"], rtol=1e-7)
+        assert first_divergence(ends, wrong, rtol=1e-7) == "stem", epsilon
 
 
 class SamePaddingBlock(RepVGGBlock):
@@ -102,7 +117,7 @@ def test_same_padding_is_caught_at_even_sizes_and_hides_at_odd_ones():
 @pytest.mark.usefixtures("float32")
 def test_at_initialisation_even_a_fuse_without_batch_norm_would_pass():
     """Why every test here randomises the statistics: a fresh norm is x / √(1 + ε), nearly the identity."""
-    block = RepVGGBlock(8)
+    block = RepVGGBlock(8, ops="xla")
     images = random_images((2, 16, 16, 8), np.float32)
 
     def without_norms(variables):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,12 @@ SHAPE = (4, 16, 16, 3)
 
 
 def small(name="repvgg_a0", **fields):
-    settings = dict(depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5)
+    settings = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5, ops="xla")
     return create_model(name, **{**settings, **fields})
 
 
 def test_the_tree_has_the_documented_names():
-    variables = random_variables(small(), dtype=np.float32)
+    variables = random_variables(small(depths=(1, 2, 1, 1)), dtype=np.float32)
     params, stats = variables["params"], variables["batch_stats"]
     assert params["stem"]["branch_3x3"]["conv"]["kernel"].shape == (3, 3, 3, 16)
     assert params["stage1_block1"]["branch_1x1"]["bn"]["scale"].shape == (16,)
@@ -50,7 +52,7 @@ def test_train_is_keyword_only_and_has_no_default():
 def test_training_updates_running_statistics_with_pytorchs_momentum():
     model, images = small(param_dtype=jnp.float64), random_images(SHAPE) * 2 + 1
     variables = random_variables(model)
-    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    updates = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"])[1])(variables)
     kernel = variables["params"]["stem"]["branch_1x1"]["conv"]["kernel"][0, 0]
     y = images[:, ::2, ::2] @ kernel
     old = variables["batch_stats"]["stem"]["branch_1x1"]["bn"]
@@ -62,10 +64,15 @@ def test_training_updates_running_statistics_with_pytorchs_momentum():
 def test_training_normalises_by_the_batch_and_evaluation_does_not():
     model, images = small(), random_images(SHAPE, np.float32)
     variables = random_variables(model, dtype=np.float32)
-    train, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    assert not np.allclose(train, model.apply(variables, images, train=False), rtol=1e-2)
-    alone = model.apply(variables, images[:1], train=False)
-    chex.assert_trees_all_close(alone, model.apply(variables, images, train=False)[:1], rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def logits(variables, images):
+        train, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return train, *(model.apply(variables, each, train=False) for each in (images, images[:1]))
+
+    train, evaluated, alone = logits(variables, images)
+    assert not np.allclose(train, evaluated, rtol=1e-2)
+    chex.assert_trees_all_close(alone, evaluated[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_compute_keeps_parameters_statistics_and_logits_in_float32():
@@ -73,23 +80,29 @@ def test_bfloat16_compute_keeps_parameters_statistics_and_logits_in_float32():
         model, images = small(dtype=jnp.bfloat16), random_images(SHAPE, np.float32)
         variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
-        ends, updates = model.apply(variables, images, train=True, features=True, mutable=["batch_stats"])
+
+        def train(model):
+            apply = partial(model.apply, train=True, features=True, mutable=["batch_stats"])
+            return jax.jit(apply)(variables, images)
+
+        ends, updates = train(model)
         assert ends["stage3"].dtype == jnp.bfloat16
         assert ends["logits"].dtype == ends["pooled"].dtype == np.float32
         assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {np.dtype(np.float32)}
-        full = small().apply(variables, images, train=True, features=True, mutable=["batch_stats"])[0]
+        full = train(small())[0]
         np.testing.assert_allclose(ends["stem"].astype(np.float32), full["stem"], atol=0.1)
 
 
 def test_repvggplus_returns_auxiliary_logits_in_training_alone():
     model, images = small("repvggplus_l2pse"), random_images(SHAPE, np.float32)
     variables = random_variables(model, dtype=np.float32)
-    (logits, auxiliary), _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    train = partial(model.apply, train=True, mutable=["batch_stats"])
+    (logits, auxiliary), _ = jax.eval_shape(train, variables, images)
     assert logits.shape == (4, 5)
     assert {name: head.shape for name, head in auxiliary.items()} == {
         "stage1_aux": (4, 5), "stage2_aux": (4, 5), "stage3_first_aux": (4, 5),
     }  # fmt: skip
-    assert model.apply(variables, images, train=False).shape == (4, 5)
+    assert jax.eval_shape(partial(model.apply, train=False), variables, images).shape == (4, 5)
 
 
 @pytest.mark.usefixtures("float64")
@@ -117,7 +130,9 @@ def test_any_image_size_and_channel_count_works():
     for shape in [(1, 1, 1, 3), (2, 7, 19, 1)]:
         model = small()
         variables = random_variables(model, shape, np.float32)
-        assert model.apply(variables, random_images(shape, np.float32), train=False).shape == (shape[0], 5)
+        logits = jax.jit(partial(model.apply, train=False))(variables, random_images(shape, np.float32))
+        assert logits.shape == (shape[0], 5)
+        assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 28, 20), (1, 4, 64, 48)])

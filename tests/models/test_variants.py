@@ -6,11 +6,19 @@ import pytest
 from repvgg_jax import VARIANTS, create_model
 from tests.golden.official import GOLDEN_NAMES, parameter_counts
 
+TRACED_TWICE = ("repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse")
 
-@pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+
+@pytest.mark.parametrize(
+    ("name", "deploy"),
+    [
+        pytest.param(name, deploy, marks=[] if deploy or name in TRACED_TWICE else pytest.mark.long)
+        for name in VARIANTS
+        for deploy in (False, True)
+    ],
+)
 def test_parameter_counts_equal_the_official_ones_to_the_digit(name, deploy):
-    model = create_model(name, deploy=deploy)
+    model = create_model(name, deploy=deploy, ops="xla")
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
     found = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["params"]))
     assert found == parameter_counts(GOLDEN_NAMES[name])[deploy]
