@@ -16,7 +16,7 @@ SHAPE = (2, 16, 16, 3)
 
 
 def small(name="repvgg_a0", **fields):
-    settings = dict(depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5)
+    settings = dict(depths=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5, ops="xla")
     return create_model(name, **{**settings, **fields})
 
 
@@ -49,8 +49,8 @@ def test_eager_jit_and_vmap_over_stacked_variables_agree():
     singles = [random_variables(model, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
     eager = [fuse(variables) for variables in singles]
-    chex.assert_trees_all_close(jax.jit(fuse)(singles[0]), eager[0], rtol=1e-12, atol=1e-14)
-    vmapped = jax.vmap(fuse)(stacked)
+    compiled, vmapped = jax.jit(lambda single, stacked: (fuse(single), jax.vmap(fuse)(stacked)))(singles[0], stacked)
+    chex.assert_trees_all_close(compiled, eager[0], rtol=1e-12, atol=1e-14)
     for index, expected in enumerate(eager):
         chex.assert_trees_all_close(
             jax.tree.map(lambda leaf, i=index: leaf[i], vmapped), expected, rtol=1e-12, atol=1e-14
@@ -69,7 +69,9 @@ def test_gradients_through_fuse_are_finite_and_those_of_the_training_form():
     def direct(params):
         return jnp.sum(model.apply({**variables, "params": params}, images, train=False) ** 2)
 
-    found, expected = jax.grad(through_fuse)(variables["params"]), jax.grad(direct)(variables["params"])
+    found, expected = jax.jit(lambda params: (jax.grad(through_fuse)(params), jax.grad(direct)(params)))(
+        variables["params"]
+    )
     chex.assert_tree_all_finite(found)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12 * scale)
