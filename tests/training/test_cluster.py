@@ -65,6 +65,7 @@ def finish(processes):
     return outputs
 
 
+@pytest.mark.long
 def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny, finished, tmp_path):
     first, second = finish(start_two(TINY, tmp_path / "two", tiny.data_dir, tmp_path / "cache"))
     assert TrainConfig.load(tmp_path / "two" / "config.json") == TrainConfig.load(finished.workdir / "config.json")
@@ -89,6 +90,7 @@ def test_a_config_that_process_0_refuses_stops_both(tiny, finished, tmp_path):
     assert "process 0 cannot begin, and has said why" in second
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_both_at_the_same_step(tiny, tmp_path):
     flags = f"{TINY} --learning-rate 1e30"
     processes = start_two(flags, tmp_path / "run", tiny.data_dir, tmp_path / "cache")
