@@ -1,8 +1,9 @@
 import dataclasses
 
+import jax
 import pytest
 
-from repvgg_jax.training import PRESETS, train_and_evaluate
+from repvgg_jax.training import PRESETS, loop, train_and_evaluate
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,37 @@ def tiny(data_dir):
 def finished(tiny, tmp_path_factory):
     """A finished run of `tiny`; tests that change it copy it first."""
     return train_and_evaluate(tiny, tmp_path_factory.mktemp("runs") / "finished")
+
+
+class BegunError(Exception):
+    """Has the state and the batch of a run's first step."""
+
+
+class FirstStep:
+    """In place of a compiled training step."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, state, batch):
+        raise BegunError(state, batch)
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Starts a run: (config, workdir) -> the state and the batch that its first step would be given."""
+
+    def start(config, workdir):
+        with monkeypatch.context() as patch, pytest.raises(BegunError) as begun:
+            patch.setattr(loop, "make_train_step", lambda *_, **__: FirstStep())
+            train_and_evaluate(config, workdir)
+        state, batch = begun.value.args
+        # The step donates its state, and must not be given one array twice.
+        leaves = jax.tree.leaves(state)
+        assert len({leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+        return jax.device_get(state), jax.device_get(batch)
+
+    return start
