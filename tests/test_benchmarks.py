@@ -89,6 +89,19 @@ def test_every_contest_has_one_subject_and_somebody_to_race_against(on_gpu):
             assert subject not in others
 
 
+def test_gpu_sh_calls_the_two_benchmarks_with_its_sizes_and_options(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PEAK_SIDE": "64", "SUITES": "paper variants"}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "--batches", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    peak, speed = run.stdout.splitlines()
+    assert peak == "-m benchmarks.peak 64" == (tmp_path / "out" / "peak.txt").read_text().strip()
+    assert speed.startswith("-m benchmarks.speed paper variants --minutes 7 ")
+    assert speed.endswith(f" --out {tmp_path / 'out'} --batches 1")
+
+
+@pytest.mark.long
 def test_gpu_sh_runs_dry_on_a_cpu(tmp_path):
     sizes = ["--batches", "1", "--size", "32", "--variants", "a0", "--peers", "--turns", "1", "--seconds", "0.01"]
     environment = {**os.environ, "PYTHON": sys.executable, "PEAK_SIDE": "64", "SUITES": "paper variants"}
@@ -102,6 +115,7 @@ def test_gpu_sh_runs_dry_on_a_cpu(tmp_path):
     assert "repvgg_b1g4 training" in (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.long
 def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_more():
     training, deploy, gradients = (
         megabytes("repvgg_a0", form, batch=2, size=32) for form in ("training form", "deploy form", "gradients")
@@ -111,7 +125,7 @@ def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_
     assert all(whole > weights + activations for weights, activations, whole in (training, deploy, gradients))
 
 
-@pytest.mark.parametrize("data", ["memory", "jpeg"])
+@pytest.mark.parametrize("data", ["memory", pytest.param("jpeg", marks=pytest.mark.long)])
 def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkeypatch, capsys):
     small = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625), image_size=32)
     presets = {name: dataclasses.replace(config, **small) for name, config in pipeline.PRESETS.items()}
@@ -123,6 +137,23 @@ def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkey
     assert all(int(rate.replace(",", "")) > 0 for rate in (alone, step, together, share))
 
 
+def test_the_rates_of_a_preset_and_of_other_flags_stand_beside_their_ratio(monkeypatch, capsys):
+    raced = []
+
+    def contestant(config, seconds):
+        raced.append(config)
+        return lambda: 60.0 if config.trivial_augment else 40.0
+
+    monkeypatch.setattr(step, "contestant", contestant)
+    step.main(["cifar10_cpu", "--also=--image-size 16 --trivial-augment", "--turns", "2"])
+    preset, other = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert preset == ["cifar10_cpu", "40.0", "1.00"]
+    assert other == ["cifar10_cpu", "--image-size", "16", "--trivial-augment", "60.0", "1.50"]
+    given = dataclasses.replace(step.PRESETS["cifar10_cpu"], image_size=16, trivial_augment=True)
+    assert raced == [step.PRESETS["cifar10_cpu"], given]
+
+
+@pytest.mark.long
 def test_a_preset_races_against_itself_with_other_flags(monkeypatch, capsys):
     small = dict(depths=(1, 1, 1, 1), width_multiplier=(0.125,) * 4, image_size=16, batch_size=8)
     monkeypatch.setattr(step, "PRESETS", {"cifar10_cpu": dataclasses.replace(step.PRESETS["cifar10_cpu"], **small)})
@@ -139,6 +170,7 @@ def test_a_preset_races_against_itself_with_other_flags(monkeypatch, capsys):
     assert float(other[-1]) == pytest.approx(second / first, abs=0.02)
 
 
+@pytest.mark.long
 def test_the_worth_of_merging_a_traced_function_is_measured(capsys):
     reparameterize.main(["--networks", "repvgg_a0", "--batch", "2", "--side", "32", "--turns", "1"])
     header, rule, row = capsys.readouterr().out.strip().splitlines()[-3:]
