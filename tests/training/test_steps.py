@@ -47,17 +47,23 @@ def batch(count=16, seed=0):
     return {"image": images, "label": labels}
 
 
+# For what does not depend on the network: one block a stage, the first of them with an identity.
+SMALL = dataclasses.replace(CONFIG, depths=(1, 1, 1, 1))
+
+
 def run(config, steps, devices, variant_classes=4):
+    """The state after each step, the losses, and what computed them."""
     mesh = create_mesh(devices)
     model = config.create_model(variant_classes)
     optimizer = create_optimizer(config, steps_per_epoch=steps)
     state = create_state(model, optimizer, config, 1, mesh)
     step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
-    losses = []
+    states, losses = [], []
     for number in range(steps):
         state, metrics = step(state, shard_batch(batch(seed=number), mesh))
+        states.append(jax.device_get(state))
         losses.append(float(metrics["loss"]))
-    return state, losses, (model, mesh)
+    return states, losses, (model, mesh)
 
 
 def test_the_loss_falls():
@@ -67,42 +73,35 @@ def test_the_loss_falls():
 
 def test_images_are_mirrored_in_turn_by_the_epoch_of_the_step():
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=True, alternate_flip=True)
-    mesh = create_mesh(jax.devices()[:1])
-    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
-    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
-
-    def loss_at(number):
-        state = create_state(model, optimizer, config, 1, mesh)
-        state = dataclasses.replace(state, step=state.step + number)
-        return float(step(state, shard_batch(batch(), mesh))[1]["loss"])
-
-    losses = [loss_at(number) for number in range(5)]
+    step = rigged_step(config, OfPixels())
+    losses = [float(step(np.ones(4), number)[2]["loss"]) for number in range(5)]
     assert losses[0] == losses[1] == losses[4]
     assert losses[2] == losses[3] != losses[0]
 
 
 @pytest.mark.usefixtures("float32")
 def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
-    one, losses_of_one, _ = run(CONFIG, 3, jax.devices()[:1])
-    eight, losses_of_eight, _ = run(CONFIG, 3, jax.devices())
+    one, losses_of_one, _ = run(SMALL, 3, jax.devices()[:1])
+    eight, losses_of_eight, _ = run(SMALL, 3, jax.devices())
     assert len(jax.devices()) == 8
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
     # After one step statistics differ by rounding alone; a per-device batch of 2 images would give others.
-    first_of_one, _, _ = run(CONFIG, 1, jax.devices()[:1])
-    first_of_eight, _, _ = run(CONFIG, 1, jax.devices())
-    chex.assert_trees_all_close(first_of_eight.batch_stats, first_of_one.batch_stats, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(eight[0].batch_stats, one[0].batch_stats, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(one, eight)
 
 
 @pytest.mark.usefixtures("float32")
-def test_eight_devices_augment_mix_and_accumulate_as_one_does():
-    ingredients = dict(trivial_augment=True, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9)
-    config = dataclasses.replace(CONFIG, accumulate_steps=2, **ingredients)
-    one, losses_of_one, _ = run(config, 1, jax.devices()[:1])
-    eight, losses_of_eight, _ = run(config, 1, jax.devices())
+@pytest.mark.parametrize(
+    "trivial_augment", [False, pytest.param(True, marks=pytest.mark.long)], ids=["mix", "augment and mix"]
+)
+def test_eight_devices_augment_mix_and_accumulate_as_one_does(trivial_augment):
+    ingredients = dict(color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9)
+    config = dataclasses.replace(SMALL, accumulate_steps=2, trivial_augment=trivial_augment, **ingredients)
+    (one,), losses_of_one, _ = run(config, 1, jax.devices()[:1])
+    (eight,), losses_of_eight, _ = run(config, 1, jax.devices())
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
     chex.assert_trees_all_close(eight.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
-    plain, _, _ = run(CONFIG, 1, jax.devices())
+    (plain,), _, _ = run(SMALL, 1, jax.devices()[:1])
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(plain.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
 
@@ -125,18 +124,44 @@ def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images()
 
 @pytest.mark.usefixtures("float32")
 def test_auxiliary_heads_add_their_weighted_losses():
+    class WithHeads(OfPixels):
+        def apply(self, variables, images, *, train, mutable):
+            logits, updates = super().apply(variables, images, train=train, mutable=mutable)
+            return (logits, {"one": 2 * logits, "other": logits[:, ::-1]}), updates
+
+    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mean=(0.0,), std=(1.0,), auxiliary_weight=0.3)
+    _, _, metrics = rigged_step(config, WithHeads())(np.ones(4))
+    data = batch()
+    logits = data["image"][:, 0, :4, 0] / 255
+    targets = np.eye(4)[data["label"]] * 0.9 + 0.1 / 4
+    losses = [
+        -(targets * (head - np.log(np.exp(head).sum(-1, keepdims=True)))).sum(-1).mean()
+        for head in (logits, 2 * logits, logits[:, ::-1])
+    ]
+    np.testing.assert_allclose(metrics["loss"], losses[0] + 0.3 * (losses[1] + losses[2]), rtol=1e-5)
+
+
+def test_a_network_with_auxiliary_heads_trains_them():
+    config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1))
+    after, metrics = abstract_step(config)
+    assert "stage3_first_aux" in after.params
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("float32")
+def test_auxiliary_heads_of_a_fresh_network_are_worth_their_weighted_losses():
     losses = {}
     for weight in (0.0, 0.1):
         config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1), auxiliary_weight=weight)
-        state, (losses[weight],), _ = run(config, 1, jax.devices()[:1])
-        assert "stage3_first_aux" in state.params
+        _, (losses[weight],), _ = run(config, 1, jax.devices()[:1])
     # Three heads over four classes start near log 4 each.
     assert losses[0.1] - losses[0.0] == pytest.approx(0.1 * 3 * np.log(4), rel=0.5)
 
 
 @pytest.mark.usefixtures("float32")
 def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, accumulate_steps=2)
+    config = dataclasses.replace(SMALL, crop_padding=0, flip=False, accumulate_steps=2)
     mesh = create_mesh(jax.devices()[:1])
     model, optimizer = config.create_model(4), optax.sgd(1.0)
     initial = jax.device_get(create_state(model, optimizer, config, 1, mesh))
@@ -144,14 +169,16 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
     images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
     targets = (np.eye(4)[data["label"]] * 0.9 + 0.1 / 4).astype(np.float32)
     stats, gradients, losses = initial.batch_stats, [], []
+
+    def loss_fn(params, stats, images, targets):
+        variables = {"params": params, "batch_stats": stats}
+        logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy(logits, targets).mean(), updates["batch_stats"]
+
+    gradient_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     for first in (0, 1):
-
-        def loss_fn(params, rows=slice(first, None, 2), stats=stats):
-            variables = {"params": params, "batch_stats": stats}
-            logits, updates = model.apply(variables, images[rows], train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy(logits, targets[rows]).mean(), updates["batch_stats"]
-
-        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(initial.params)
+        rows = slice(first, None, 2)
+        (loss, stats), gradient = gradient_fn(initial.params, stats, images[rows], targets[rows])
         gradients.append(gradient)
         losses.append(float(loss))
     expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, initial.params, *gradients)
@@ -161,10 +188,14 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
     assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
     chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
-    whole = dataclasses.replace(config, accumulate_steps=1)
-    state, _ = make_train_step(model, optimizer, whole, mesh, steps_per_epoch=2)(initial, shard_batch(data, mesh))
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-3, atol=1e-4)
+    # Those of the whole batch, and of two halves that are not interleaved, are others.
+    _, of_whole = jax.jit(loss_fn)(initial.params, initial.batch_stats, images, targets)
+    of_halves = initial.batch_stats
+    for rows in (slice(8), slice(8, None)):
+        (_, of_halves), _ = gradient_fn(initial.params, of_halves, images[rows], targets[rows])
+    for others in (of_whole, of_halves):
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(state.batch_stats, others, rtol=1e-3, atol=1e-4)
 
 
 def test_masked_rows_count_in_no_sum():
@@ -233,15 +264,9 @@ def test_microbatches_divide_the_training_batch_and_not_the_evaluations(batch_si
 
 
 def test_augmentation_changes_with_the_step_and_the_seed():
-    mesh = create_mesh(jax.devices()[:1])
-    model = CONFIG.create_model(4)
-    optimizer = create_optimizer(CONFIG, steps_per_epoch=1)
-    initial = jax.device_get(create_state(model, optimizer, CONFIG, 1, mesh))
-
     def first_losses(config, steps):
-        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
-        states = [initial.replace(step=np.asarray(number, np.int32)) for number in steps]
-        return [float(step(state, shard_batch(batch(), mesh))[1]["loss"]) for state in states]
+        step = rigged_step(config, OfPixels())
+        return [float(step(np.ones(4), number)[2]["loss"]) for number in steps]
 
     base, again, later = first_losses(CONFIG, [0, 0, 1])
     (another_seed,) = first_losses(dataclasses.replace(CONFIG, seed=1), [0])
@@ -262,11 +287,21 @@ class Rigged:
         return (logits, {"batch_stats": {"seen": images.mean((0, 1, 2))}}) if train else logits
 
 
-def rigged_step(config, logits):
+class OfPixels(Rigged):
+    """Its logits are the first pixels of an image, each times a parameter."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def apply(self, variables, images, *, train, mutable=None):
+        return images[:, 0, :4, 0] * variables["params"]["vector"], {"batch_stats": {"seen": images.mean((0, 1, 2))}}
+
+
+def rigged_step(config, network):
     """A training step of `vector` alone: (vector, step's number) -> state before, state after, metrics."""
     mesh = create_mesh(jax.devices()[:1])
     optimizer = create_optimizer(config, steps_per_epoch=2)
-    step = make_train_step(Rigged(logits), optimizer, config, mesh, steps_per_epoch=2)
+    step = make_train_step(network, optimizer, config, mesh, steps_per_epoch=2)
 
     def run(vector, number=0):
         params = {"vector": jnp.asarray(vector, jnp.float32)}
@@ -291,12 +326,12 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_enough_to_leave_a_step_out(
     logits, vector, loss_is_finite, gradient_is_finite
 ):
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
-    _, taken, metrics = rigged_step(config, logits)(vector)
+    _, taken, metrics = rigged_step(config, Rigged(logits))(vector)
     assert np.isfinite(metrics["loss"]) == loss_is_finite
     assert np.isfinite(taken.opt_state[1][0].trace["vector"]).all() == gradient_is_finite
     assert "skipped" not in metrics
 
-    before, after, metrics = rigged_step(dataclasses.replace(config, skip_nonfinite=True), logits)(vector)
+    before, after, metrics = rigged_step(dataclasses.replace(config, skip_nonfinite=True), Rigged(logits))(vector)
     left_out = not (loss_is_finite and gradient_is_finite)
     assert metrics["skipped"] == left_out
     assert int(after.step) == 1
@@ -310,7 +345,7 @@ def test_the_loss_is_to_the_mixed_targets_and_the_accuracy_to_the_labels():
     data = batch()
     guesses = np.where(np.arange(16) < 4, (data["label"] + 1) % 4, data["label"])
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mixup=0.5, cutmix=0.5)
-    step = rigged_step(config, lambda vector: jax.nn.one_hot(guesses, 4) * vector)
+    step = rigged_step(config, Rigged(lambda vector: jax.nn.one_hot(guesses, 4) * vector))
     mixed = jax.jit(lambda key: augment(key, data["image"], data["label"], config, 4, 0)[1])
     by_targets = set()
     for number in range(6):
@@ -328,14 +363,20 @@ def test_parameters_statistics_and_averages_are_float32_where_the_compute_is_bfl
     config = dataclasses.replace(
         CONFIG, dtype="bfloat16", ema_decay=ema_decay, accumulate_steps=accumulate_steps, muon_learning_rate=0.1
     )
+    after, metrics = abstract_step(config)
+    assert {leaf.dtype for leaf in leaves_by_kind(after)[1]} == {np.dtype(np.float32)}
+    assert metrics["loss"].dtype == np.float32
+
+
+def abstract_step(config):
+    """What a training step returns; its state is of the shapes and dtypes of the one before."""
     mesh = create_mesh(jax.devices()[:1])
     model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
     before = abstract_state(model, optimizer, config, 1, mesh)
     step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
     after, metrics = jax.eval_shape(step, before, abstract_batch(config, 1, mesh))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
-    assert {leaf.dtype for leaf in leaves_by_kind(after)[1]} == {np.dtype(np.float32)}
-    assert metrics["loss"].dtype == np.float32
+    return after, metrics
 
 
 def leaves_by_kind(tree):
