@@ -32,28 +32,39 @@ def setting(config):
     return config.create_model(4), optax.sgd(0.1, momentum=0.9), config, 1, create_mesh(jax.devices()[:1])
 
 
-def test_a_checkpoint_from_before_the_moving_average_restores(tmp_path):
-    state = create_state(*setting(CONFIG))
+@pytest.fixture(scope="module")
+def state():
+    """A fresh state; no test changes it."""
+    return create_state(*setting(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def template():
+    """The shapes of `state`."""
+    return abstract_state(*setting(CONFIG))
+
+
+def test_a_checkpoint_from_before_the_moving_average_restores(state, template, tmp_path):
     old = StateWithoutAverage(state.step, state.params, state.batch_stats, state.opt_state)
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(old), data=ocp.args.JsonSave({"next": 1})))
     with Checkpoints(tmp_path) as checkpoints:
-        restored, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting(CONFIG)))
+        restored, data_state, epoch_metrics, damaged = checkpoints.restore(template)
     chex.assert_trees_all_equal(restored, state)
     assert data_state == {"next": 1}
     assert epoch_metrics == damaged == []
 
 
-def test_a_moving_average_is_in_the_checkpoint_and_only_where_there_is_one(tmp_path):
+def test_a_moving_average_is_in_the_checkpoint_and_only_where_there_is_one(state, template, tmp_path):
     averaging = dataclasses.replace(CONFIG, ema_decay=0.9)
-    state = create_state(*setting(averaging))
+    state = state.replace(ema=state.variables)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
         restored, *_ = checkpoints.restore(abstract_state(*setting(averaging)))
         chex.assert_trees_all_equal(restored, state)
         with pytest.raises(ValueError, match="ema"):
-            checkpoints.restore(abstract_state(*setting(CONFIG)))
+            checkpoints.restore(template)
 
 
 def truncate(path):
@@ -117,32 +128,31 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(damage, tmp_path):
-    state = create_state(*setting(CONFIG))
+def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(damage, state, template, tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(at_step(state, step), {"next": step}, epoch_metrics=[{"loss": 0.1 * step}])
         checkpoints.wait()
-        whole = checkpoints.restore(abstract_state(*setting(CONFIG)))
+        whole = checkpoints.restore(template)
     assert (int(whole.state.step), whole.data_state, whole.damaged) == (2, {"next": 2}, [])
 
     damage(tmp_path / "checkpoints" / "2")
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         with pytest.warns(UserWarning, match=r"checkpoints/2 is damaged and passed over for that of step 1"):
-            restored = checkpoints.restore(abstract_state(*setting(CONFIG)))
+            restored = checkpoints.restore(template)
         chex.assert_trees_all_equal(restored.state, at_step(state, 1))
         assert (restored.data_state, restored.epoch_metrics, restored.damaged) == ({"next": 1}, [{"loss": 0.1}], [2])
         checkpoints.set_aside(restored.damaged)
         assert (tmp_path / "damaged_checkpoints" / "2").is_dir()
         checkpoints.save(at_step(state, 2), {"next": 2})
         checkpoints.wait()
-        assert int(checkpoints.restore(abstract_state(*setting(CONFIG))).state.step) == 2
+        assert int(checkpoints.restore(template).state.step) == 2
 
 
-def test_where_no_checkpoint_is_whole_the_newest_is_named(tmp_path):
+def test_where_no_checkpoint_is_whole_the_newest_is_named(state, template, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(at_step(create_state(*setting(CONFIG)), step), {})
+            checkpoints.save(at_step(state, step), {})
         checkpoints.wait()
     for step in "12":
         shutil.rmtree(tmp_path / "checkpoints" / step / "state")
@@ -152,7 +162,7 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(tmp_path):
             ValueError, match=r"none of the checkpoints in .* can be read \(step 2: .*restore them from a copy"
         ),
     ):
-        checkpoints.restore(abstract_state(*setting(CONFIG)))
+        checkpoints.restore(template)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +176,7 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(tmp_path):
         (dict(ema_decay=0.9), r"ema/batch_stats/.* is not there, by the config"),
     ],
 )
-def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, difference, tmp_path, capfd):
-    state = create_state(*setting(CONFIG))
+def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, difference, state, tmp_path, capfd):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
@@ -179,11 +188,11 @@ def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, differen
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_run_without_a_checkpoint_says_so(tmp_path):
+def test_a_run_without_a_checkpoint_says_so(template, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step is None
         with pytest.raises(FileNotFoundError, match="holds no checkpoint: train first"):
-            checkpoints.restore(abstract_state(*setting(CONFIG)))
+            checkpoints.restore(template)
 
 
 def test_damaged_checkpoints_of_one_step_are_all_put_aside(tmp_path):
@@ -199,13 +208,12 @@ def test_damaged_checkpoints_of_one_step_are_all_put_aside(tmp_path):
     assert found == {"2": "0", "2_": "1", "2__": "2"}
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
-    state = create_state(*setting(CONFIG))
+def test_the_newest_and_the_best_are_kept(state, template, tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, accuracy in enumerate([0.1, 0.9, 0.5, None, 0.6, 0.7]):
             checkpoints.save(at_step(state, step), {}, accuracy=accuracy)
             checkpoints.wait()
-        assert checkpoints.restore(abstract_state(*setting(CONFIG))).state.step == 5
+        assert checkpoints.restore(template).state.step == 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4", "5"]
 
 
@@ -221,15 +229,14 @@ def test_the_best_is_kept_by_the_processes_that_resume_the_run(tmp_path):
         assert kept == {str(each) for each in {best, max(step - 1, 1), step}}
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(state, template, tmp_path, monkeypatch):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']\nand a long story")
 
-    state = create_state(*setting(CONFIG))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
         monkeypatch.setattr(checkpoints._manager, "save", full)
         with pytest.raises(OSError, match=r"could not be written in .*No space left .*28'\]. .* whole: make room"):
             checkpoints.save(at_step(state, 1), {})
-        assert int(checkpoints.restore(abstract_state(*setting(CONFIG))).state.step) == 0
+        assert int(checkpoints.restore(template).state.step) == 0

@@ -8,16 +8,25 @@ import pytest
 
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.run_path import plain_path, run_directory
-from repvgg_jax.training.steps import abstract_state, create_state
+from repvgg_jax.training.steps import create_state
 from tests.training.test_checkpoints import CONFIG, setting
 
 ODD = ("lr=0.1,widths=[1,2]", "a?b*", "[!a]", "back\\slash", "gs:", "new\nline")
 
 
+@pytest.fixture(scope="module")
+def state():
+    """A fresh state; no test changes it."""
+    return create_state(*setting(CONFIG))
+
+
+def shape(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 @pytest.mark.parametrize("name", [*ODD, os.fsdecode(b"caf\xe9"), "Frösche 猫", "x" * 250], ids=ascii)
-def test_a_run_of_any_name_is_saved_pruned_set_aside_and_restored(name, tmp_path):
+def test_a_run_of_any_name_is_saved_pruned_set_aside_and_restored(name, state, tmp_path):
     run = tmp_path / name
-    state = create_state(*setting(CONFIG))
     with Checkpoints(run, keep=2) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(state.replace(step=jax.numpy.int32(step)), {"next": step})
@@ -27,7 +36,7 @@ def test_a_run_of_any_name_is_saved_pruned_set_aside_and_restored(name, tmp_path
     with Checkpoints(run, keep=2) as checkpoints:
         assert checkpoints.latest_step == 3
         checkpoints.set_aside([3])
-        restored = checkpoints.restore(abstract_state(*setting(CONFIG)))
+        restored = checkpoints.restore(jax.tree.map(shape, state))
     chex.assert_trees_all_equal(restored.state, state.replace(step=jax.numpy.int32(2)))
     assert restored.data_state == {"next": 2}
     assert (run / "damaged_checkpoints" / "3").is_dir()
