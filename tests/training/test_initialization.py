@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model
+from repvgg_jax.data import normalize
+from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, train_and_evaluate
 from repvgg_jax.training.initialization import start_from
 from repvgg_jax.training.optimizer import create_optimizer
@@ -39,6 +41,17 @@ def test_a_run_starts_from_the_weights_of_another_with_a_new_head_for_other_clas
     chex.assert_trees_all_equal(same_classes, finished.state.variables)
 
 
+def test_fine_tuning_begins_where_the_other_run_ended(tiny, finished, begin, tmp_path):
+    config = dataclasses.replace(tiny, init_from=str(finished.workdir), frozen="stage2", ema_decay=0.9, seed=1)
+    state, _ = begin(config, tmp_path / "run")
+    chex.assert_trees_all_equal(state.variables, jax.device_get(finished.state.variables))
+    chex.assert_trees_all_equal(state.ema, state.variables)
+    assert int(state.step) == 0
+    saved, earlier = (TrainConfig.load(run / "config.json") for run in (tmp_path / "run", finished.workdir))
+    assert saved.mean == earlier.mean
+
+
+@pytest.mark.long
 def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(tiny, finished, tmp_path):
     config = dataclasses.replace(
         tiny, init_from=str(finished.workdir), frozen="stage2", epochs=1, learning_rate=0.01, ema_decay=0.9, seed=1
@@ -58,6 +71,22 @@ def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(
     )
 
 
+def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin, tmp_path):
+    deployed = load_deploy(finished.workdir / "deploy.safetensors")
+    config = dataclasses.replace(tiny, init_from=str(finished.workdir / "deploy.safetensors"), reopen=True, seed=1)
+    state, batch = begin(config, tmp_path / "run")
+    saved = TrainConfig.load(tmp_path / "run" / "config.json")
+    assert saved.mean == TrainConfig.load(finished.workdir / "config.json").mean
+    images = normalize(batch["image"], saved.mean, saved.std)
+
+    found, expected = (
+        np.asarray(jax.jit(partial(form.apply, train=False))(variables, images))
+        for form, variables in ((tiny.create_model(10), state.variables), (deployed.model, deployed.variables))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.long
 def test_a_deploy_form_is_reopened_if_asked_and_trained_on(tiny, finished, tmp_path):
     file = finished.workdir / "deploy.safetensors"
     config = dataclasses.replace(tiny, init_from=str(file), reopen=True, epochs=1, learning_rate=0.01, seed=1)
@@ -90,39 +119,52 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("frozen", ["stem", "stage3", "stage4"])
-def test_a_frozen_part_gets_no_gradient_keeps_its_statistics_and_uses_them(frozen):
-    settings = dict(num_classes=4, depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625))
-    whole = create_model("repvggplus_l2pse", **settings)
-    part = create_model("repvggplus_l2pse", **settings, frozen=frozen)
-    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-    variables = jax.jit(partial(whole.init, train=False))(jax.random.key(1), images)
+PLUS = partial(
+    create_model, "repvggplus_l2pse", num_classes=4, depths=(1, 1, 2, 1), ops="xla",
+    width_multiplier=(0.25, 0.125, 0.0625, 0.0625),
+)  # fmt: skip
+IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 
-    def loss(params, model):
+
+def trained(model, variables):
+    """Gradients and statistics of a step, and the features of every part in it."""
+
+    def loss(params):
         (logits, auxiliary), updates = model.apply(
-            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            {**variables, "params": params}, IMAGES, train=True, mutable=["batch_stats"]
         )
         return sum(jnp.square(x).sum() for x in (logits, *auxiliary.values())), updates["batch_stats"]
 
+    features, _ = model.apply(variables, IMAGES, train=True, features=True, mutable=["batch_stats"])
+    return *jax.grad(loss, has_aux=True)(variables["params"]), features
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The variables of a network of which nothing is frozen, `trained` of it, and its features in evaluation."""
+    model = PLUS()
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(1), IMAGES)
+    evaluated = partial(model.apply, train=False, features=True)
+    return variables, *jax.jit(lambda each: (trained(model, each), evaluated(each, IMAGES)))(variables)
+
+
+@pytest.mark.parametrize("frozen", ["stem", "stage3", "stage4"])
+def test_a_frozen_part_gets_no_gradient_keeps_its_statistics_and_uses_them(frozen, whole):
+    variables, of_whole, evaluated = whole
+    of_part = jax.jit(partial(trained, PLUS(frozen=frozen)))(variables)
     order = ["stem", "stage1", "stage2", "stage3", "stage4"]
     names = tuple(order[: order.index(frozen) + 1])
-    for model in (whole, part):
-        gradients, statistics = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(variables["params"], model)
+    for gradients, statistics, _ in (of_whole, of_part):
         for name, gradient in gradients.items():
-            still = model is part and name.startswith(names) and not name.endswith("_aux")
+            still = gradients is of_part[0] and name.startswith(names) and not name.endswith("_aux")
             zero = all(not leaf.any() for leaf in jax.tree.leaves(gradient))
             assert zero == still, name
             if name in statistics and "head" not in name:
                 same = jax.tree.map(np.array_equal, statistics[name], variables["batch_stats"][name])
                 assert all(jax.tree.leaves(same)) == still, name
-
-    def end(model, train):
-        apply = partial(model.apply, train=train, features=True, mutable=["batch_stats"])
-        return jax.jit(apply)(variables, images)[0][frozen]
-
-    chex.assert_trees_all_close(end(part, train=True), end(whole, train=False), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(of_part[2][frozen], evaluated[frozen], rtol=1e-5, atol=1e-6)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(end(whole, train=True), end(whole, train=False), rtol=1e-3)
+        chex.assert_trees_all_close(of_whole[2][frozen], evaluated[frozen], rtol=1e-3)
 
 
 def test_an_unknown_part_is_refused():
