@@ -20,13 +20,8 @@ from repvgg_jax.training import TrainConfig, loop, run_directory
 from repvgg_jax.training.command import train_command
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.steps import create_mesh
+from tests.training.test_command import FINISHED as TINY
 from tests.training.test_killed import FLAGS, ROOT, final_state
-
-# The config of the fixture `tiny`, as flags.
-TINY = (
-    "--depths 1 2 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 2 --warmup-epochs 0 "
-    "--checkpoint-every 1"
-)
 
 
 def free_port():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -19,8 +20,14 @@ import repvgg_jax.training.config as config_module
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, command, fuse_run, run_directory, train_and_evaluate
 from repvgg_jax.training.command import fuse_command, train_command
+from repvgg_jax.training.data_record import DataRecord
 
 TINY = "--depths 1 1 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 1"
+# The config of the fixture `tiny`, as flags.
+FINISHED = (
+    "--depths 1 2 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 2 --warmup-epochs 0 "
+    "--checkpoint-every 1"
+)
 
 
 def test_training_by_flags_ends_with_the_table_and_a_run_directory(data_dir, tmp_path, capsys):
@@ -121,6 +128,16 @@ class Unread(io.StringIO):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
+def test_the_end_of_a_training_that_nobody_reads_is_written_whole(finished, data_dir, tmp_path, monkeypatch):
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    for name in ("deploy.safetensors", "report.md", "confusion.png"):
+        (run / name).unlink()
+    monkeypatch.setattr(sys, "stdout", Unread())
+    assert train_command([*FINISHED.split(), "--data-dir", data_dir, "--workdir", str(run)]) == 0
+    assert {"deploy.safetensors", "report.md", "confusion.png"} <= {path.name for path in run.iterdir()}
+
+
+@pytest.mark.long
 def test_a_training_that_nobody_reads_loses_no_work(data_dir, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr(sys, "stdout", Unread())
@@ -228,7 +245,15 @@ def test_a_last_file_that_cannot_be_written_is_told_and_what_is_whole(
     assert re.search(f"{message}.* (is )?whole: make room or give permission, and run: python fuse.py ", line)
 
 
-def test_a_run_of_odd_names_is_resumed_fused_and_started_from(tiny, finished, tmp_path, monkeypatch):
+def test_a_run_of_odd_names_is_fused_and_started_from(tiny, finished, begin, tmp_path):
+    run = shutil.copytree(finished.workdir, tmp_path / "lr=0.1,widths=[1,2]")
+    assert fuse_run(run).agreement == finished.comparison.agreement
+    state, _ = begin(dataclasses.replace(tiny, init_from=str(run)), tmp_path / "next=[1]")
+    chex.assert_trees_all_equal(state.variables, jax.device_get(finished.state.variables))
+
+
+@pytest.mark.long
+def test_a_run_of_odd_names_is_resumed_fused_and_started_from(tiny, finished, tmp_path):
     run = shutil.copytree(finished.workdir, tmp_path / "lr=0.1,widths=[1,2]")
     record = json.loads((run / "dataset.json").read_text())
     assert fuse_run(run).agreement == finished.comparison.agreement
@@ -238,7 +263,9 @@ def test_a_run_of_odd_names_is_resumed_fused_and_started_from(tiny, finished, tm
     assert json.loads((run / "dataset.json").read_text()) == record
 
 
-def test_classes_of_any_name_train_to_the_end(tiny, tmp_path):
+@pytest.fixture
+def odd_classes(tiny, tmp_path):
+    """A config of images in folders of odd names, and the names."""
     names = ("Ba$$in", os.fsdecode(b"caf\xe9"), "猫", "a\nb|c")
     for label, name in enumerate(names):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -249,9 +276,22 @@ def test_classes_of_any_name_train_to_the_end(tiny, tmp_path):
     config = dataclasses.replace(
         tiny, dataset=f"folder:{tmp_path / 'data'}", epochs=1, batch_size=16, eval_batch_size=8
     )
+    return config, tuple(sorted(names))
+
+
+def test_a_run_on_classes_of_any_name_begins_and_goes_on(odd_classes, begin, tmp_path):
+    config, names = odd_classes
+    first = begin(config, tmp_path / "run")
+    assert DataRecord.load(tmp_path / "run").class_names == names
+    chex.assert_trees_all_equal(begin(config, tmp_path / "run"), first)
+
+
+@pytest.mark.long
+def test_classes_of_any_name_train_to_the_end(odd_classes, tmp_path):
+    config, names = odd_classes
     result = train_and_evaluate(config, tmp_path / "run")
     assert (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
-    assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.class_names == tuple(sorted(names))
+    assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.class_names == names
     assert fuse_run(tmp_path / "run").agreement == result.comparison.agreement
 
 

@@ -151,6 +151,21 @@ def test_labels_and_predictions_are_of_the_records_alone_and_by_the_average_wher
         assert (metrics["accuracy"] > 0.5) == (accuracy > 0.5)
 
 
+def test_an_epoch_is_evaluated_at_the_size_of_evaluation():
+    seen = []
+
+    class Seeing(FirstPixels):
+        def apply(self, variables, images, *, train):
+            seen.append(images.shape)
+            return super().apply(variables, images, train=train)
+
+    mesh, config = create_mesh(loop.jax.devices()[:1]), dataclasses.replace(CONFIG, eval_image_size=12)
+    run = loop._Run(config, dataset(), STEPS, mesh)
+    run.eval_step = loop.make_eval_step(Seeing(), config, mesh)
+    run._evaluate(initial())
+    assert seen == [(8, 12, 12, 1)]
+
+
 def test_checkpoints_come_every_so_many_epochs_and_after_the_last(train):
     for every, steps in ((2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])):
         saved = train(dataclasses.replace(CONFIG, checkpoint_every=every))[2]
@@ -182,7 +197,8 @@ def test_a_stopped_run_saves_its_place_and_goes_on_as_if_it_had_not_been(step, t
 def test_a_loss_that_is_not_finite_is_found_within_the_epoch_by_its_step(every, last, train, monkeypatch):
     monkeypatch.setattr(loop, "_STEPS_BETWEEN_CHECKS", every)
     asked = stop_before(monkeypatch, None)
-    with pytest.raises(TrainingDivergedError, match=r"the loss is nan at epoch 3, step 1; step 8 is saved"):
+    message = r"the loss is nan at epoch 3, step 1; step 8 is saved. Lower learning_rate \(=0.1\)"
+    with pytest.raises(TrainingDivergedError, match=message):
         train(loss=lambda step: np.nan if step == 8 else 1.0)
     # The host is two steps ahead of the device when it looks.
     assert asked[-1] == last

@@ -32,8 +32,24 @@ def signal_at_step(monkeypatch):
     return arm
 
 
+def test_a_run_stopped_in_the_middle_of_an_epoch_ends_bit_identically(tiny, finished, tmp_path, signal_at_step):
+    signal_at_step(signal.SIGTERM, 27)
+    with pytest.raises(TerminatedError, match=r"stopped at step 27 of 44, and saved: train with --workdir .*run and"):
+        train_and_evaluate(tiny, tmp_path / "run")
+    assert_ended_alike(train_and_evaluate(tiny, tmp_path / "run"), finished)
+
+
+def assert_ended_alike(resumed, finished):
+    chex.assert_trees_all_equal(resumed.state, finished.state)
+    keep = [name for name in finished.history[0] if name not in ("images_per_second", "seconds")]
+    assert [[line[name] for name in keep] for line in resumed.history] == [
+        [line[name] for name in keep] for line in finished.history
+    ]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_run_stopped_in_the_middle_of_an_epoch_ends_bit_identically(number, tiny, finished, tmp_path, signal_at_step):
+def test_a_run_stopped_twice_ends_bit_identically(number, tiny, finished, tmp_path, signal_at_step):
     exception = TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
     signal_at_step(number, 7)
     with pytest.raises(exception, match=r"stopped at step 7 of 44, and saved: train with --workdir .*run and the same"):
@@ -41,12 +57,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_bit_identically(number, ti
     signal_at_step(number, 20)
     with pytest.raises(exception, match="stopped at step 27 of 44"):
         train_and_evaluate(tiny, tmp_path / "run")
-    resumed = train_and_evaluate(tiny, tmp_path / "run")
-    chex.assert_trees_all_equal(resumed.state, finished.state)
-    keep = [name for name in finished.history[0] if name not in ("images_per_second", "seconds")]
-    assert [[line[name] for name in keep] for line in resumed.history] == [
-        [line[name] for name in keep] for line in finished.history
-    ]
+    assert_ended_alike(train_and_evaluate(tiny, tmp_path / "run"), finished)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

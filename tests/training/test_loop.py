@@ -3,13 +3,15 @@ import json
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainingDivergedError, fuse_run, loop, train_and_evaluate
+from repvgg_jax.training import TrainConfig, TrainingDivergedError, comparison, fuse_run, loop, train_and_evaluate
+from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.figures import draw_confusion
 from repvgg_jax.training.metrics import read_metrics
 
@@ -88,6 +90,7 @@ def stop_after_the_first_checkpoint(patch):
     patch.setattr(loop.Checkpoints, "save", save_then_stop)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after_the_first_checkpoint(patch)
@@ -107,6 +110,31 @@ def test_an_interrupted_run_resumes_to_bit_identical_results(tiny, finished, tmp
         chex.assert_trees_all_equal(another_seed.state.params, finished.state.params)
 
 
+def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tmp_path):
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    config = dataclasses.replace(TrainConfig.load(run / "config.json"), ema_decay=0.9)
+    config.save(run / "config.json")
+    average = jax.device_get(finished.state.variables)
+    average["params"]["head"]["kernel"] = 2 * average["params"]["head"]["kernel"]
+    shutil.rmtree(run / "checkpoints")
+    with Checkpoints(run) as checkpoints:
+        average = jax.device_put(average, finished.state.step.sharding)
+        checkpoints.save(finished.state.replace(ema=average), {"next_index": 44})
+    result = train_and_evaluate(config, run)
+    model = config.create_model(10)
+    saved = load_deploy(run / "deploy.safetensors").variables
+    _, fused = fuse_model(model, average)
+    chex.assert_trees_all_close(saved, fused, rtol=1e-5, atol=1e-6)
+    _, fused_without = fuse_model(model, finished.state.variables)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(saved, fused_without, rtol=1e-3)
+    again = fuse_run(run)
+    assert again.agreement == result.comparison.agreement != finished.comparison.agreement
+    assert again.deploy.accuracy == result.comparison.deploy.accuracy
+    assert "moving average" in (run / "report.md").read_text()
+
+
+@pytest.mark.long
 def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_the_average(tiny, tmp_path, monkeypatch):
     mixed = dict(flip=True, alternate_flip=True, cutout=2, mixup=0.2, cutmix=1.0, color_jitter=0.2, refine_epochs=1)
     config = dataclasses.replace(tiny, ema_decay=0.9, **mixed)
@@ -135,6 +163,18 @@ def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_th
     assert "moving average" in (whole.workdir / "report.md").read_text()
 
 
+def test_the_forms_are_compared_at_the_size_of_evaluation(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    config = dataclasses.replace(TrainConfig.load(run / "config.json"), eval_image_size=12)
+    config.save(run / "config.json")
+    sizes = []
+    monkeypatch.setattr(comparison, "shard_batch", lambda batch, mesh: sizes.append(batch["image"].shape) or batch)
+    fuse_run(run)
+    assert set(sizes) == {(config.eval_batch_size, 12, 12, 1)}
+    assert load_deploy(run / "deploy.safetensors").preprocess.image_size == 12
+
+
+@pytest.mark.long
 def test_a_run_may_be_evaluated_at_another_size_than_it_trains_at(tiny, tmp_path, monkeypatch):
     sizes = []
     step = loop.make_eval_step
@@ -175,7 +215,9 @@ def test_another_config_in_the_same_directory_is_refused_by_field(tiny, finished
         train_and_evaluate(dataclasses.replace(tiny, epochs=3, learning_rate=0.2), finished.workdir)
 
 
-def test_a_folder_may_move_between_a_run_its_resumption_and_its_fusing(tiny, tmp_path):
+@pytest.fixture
+def moving(tiny, tmp_path):
+    """A folder of images, and the configs of runs on it, under its name and under a later one."""
     for split, count in (("train", 8), ("test", 4)):
         for name in ("dark", "light"):
             directory = tmp_path / "old" / split / name
@@ -187,6 +229,24 @@ def test_a_folder_may_move_between_a_run_its_resumption_and_its_fusing(tiny, tmp
         dataclasses.replace(tiny, dataset=f"folder:{tmp_path / name}", batch_size=8, eval_batch_size=8)
         for name in ("old", "new")
     )
+    return old, new
+
+
+def test_a_folder_may_move_before_a_run_goes_on_or_is_fused(moving, begin, tmp_path):
+    old, new = moving
+    first, batch = begin(old, tmp_path / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    again, same_batch = begin(new, tmp_path / "run")
+    chex.assert_trees_all_equal((again, same_batch), (first, batch))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):  # after it has found the images
+        fuse_run(tmp_path / "run", data_dir=str(tmp_path / "new"))
+    with pytest.raises(FileNotFoundError, match="old does not exist"):
+        fuse_run(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_folder_may_move_between_a_run_its_resumption_and_its_fusing(moving, tmp_path):
+    old, new = moving
     first = train_and_evaluate(old, tmp_path / "run")
     (tmp_path / "old").rename(tmp_path / "new")
     again = train_and_evaluate(new, tmp_path / "run")
@@ -224,6 +284,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, tmp_path):
     config = dataclasses.replace(tiny, learning_rate=1e30)
     with pytest.raises(
@@ -234,6 +295,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, t
     assert not (tmp_path / "run" / "deploy.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_last_update_that_breaks_the_network_reaches_no_checkpoint(tiny, tmp_path):
     config = dataclasses.replace(tiny, learning_rate=1e30, batch_size=1432, epochs=1)
     with pytest.raises(TrainingDivergedError, match="at the end of epoch 1"):
@@ -241,9 +303,13 @@ def test_a_last_update_that_breaks_the_network_reaches_no_checkpoint(tiny, tmp_p
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_steps_left_out_count_in_no_mean(tiny, tmp_path):
+def test_steps_left_out_count_in_no_mean():
     metrics = [{"loss": 1.0, "skipped": 0.0}, {"loss": float("nan"), "skipped": 1.0}, {"loss": 3.0, "skipped": 0.0}]
     assert loop._summarize(metrics) == {"loss": 2.0, "skipped": 1.0}
+
+
+@pytest.mark.long
+def test_an_epoch_of_which_every_later_step_is_left_out_ends_in_an_error(tiny, tmp_path):
     # The first update breaks the network; every later step is left out, and the epoch still ends in an error.
     config = dataclasses.replace(tiny, learning_rate=1e30, skip_nonfinite=True)
     with pytest.raises(TrainingDivergedError, match="at the end of epoch 1"):

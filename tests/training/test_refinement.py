@@ -1,5 +1,7 @@
 import dataclasses
 
+import pytest
+
 from repvgg_jax.training import TrainConfig, train_and_evaluate
 
 STRONG = dict(trivial_augment=True, color_jitter=0.1, cutout=2, mixup=0.2, cutmix=1.0)
@@ -18,6 +20,7 @@ def test_the_last_epochs_leave_out_what_distorts_or_mixes_and_nothing_else():
     assert [differing(cut_short, cut_short.at_epoch(epoch)) for epoch in (2, 3)] == [set(), set(STRONG)]
 
 
+@pytest.mark.long
 def test_a_refined_run_trains_on_plain_images_in_its_last_epoch_alone(tiny, tmp_path):
     config = dataclasses.replace(tiny, **STRONG)
     strong = train_and_evaluate(config, tmp_path / "strong")
