@@ -1,4 +1,5 @@
 import dataclasses
+from functools import cache
 
 import chex
 import jax
@@ -51,23 +52,29 @@ def batch(count=16, seed=0):
 SMALL = dataclasses.replace(CONFIG, depths=(1, 1, 1, 1))
 
 
-def run(config, steps, devices, variant_classes=4):
-    """The state after each step, the losses, and what computed them."""
-    mesh = create_mesh(devices)
-    model = config.create_model(variant_classes)
-    optimizer = create_optimizer(config, steps_per_epoch=steps)
-    state = create_state(model, optimizer, config, 1, mesh)
-    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+@cache
+def compiled(config, count):
+    """On so many devices: the mesh, a fresh state, and the training step; compiled once for all tests."""
+    mesh = create_mesh(jax.devices()[:count])
+    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=3)
+    state = jax.device_get(create_state(model, optimizer, config, 1, mesh))
+    return mesh, state, make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+
+
+def run(config, steps, count):
+    """The state after each step on so many devices, and the losses."""
+    mesh, state, step = compiled(config, count)
     states, losses = [], []
     for number in range(steps):
         state, metrics = step(state, shard_batch(batch(seed=number), mesh))
         states.append(jax.device_get(state))
         losses.append(float(metrics["loss"]))
-    return states, losses, (model, mesh)
+    return states, losses
 
 
+@pytest.mark.usefixtures("float32")
 def test_the_loss_falls():
-    _, losses, _ = run(CONFIG, 30, jax.devices()[:1])
+    _, losses = run(SMALL, 30, 1)
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
 
 
@@ -81,8 +88,8 @@ def test_images_are_mirrored_in_turn_by_the_epoch_of_the_step():
 
 @pytest.mark.usefixtures("float32")
 def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
-    one, losses_of_one, _ = run(SMALL, 3, jax.devices()[:1])
-    eight, losses_of_eight, _ = run(SMALL, 3, jax.devices())
+    one, losses_of_one = run(SMALL, 3, 1)
+    eight, losses_of_eight = run(SMALL, 3, 8)
     assert len(jax.devices()) == 8
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
     # After one step statistics differ by rounding alone; a per-device batch of 2 images would give others.
@@ -92,16 +99,18 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(
-    "trivial_augment", [False, pytest.param(True, marks=pytest.mark.long)], ids=["mix", "augment and mix"]
+    "distortions",
+    [{}, pytest.param(dict(trivial_augment=True, color_jitter=0.4), marks=pytest.mark.long)],
+    ids=["mixed", "distorted and mixed"],
 )
-def test_eight_devices_augment_mix_and_accumulate_as_one_does(trivial_augment):
-    ingredients = dict(color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9)
-    config = dataclasses.replace(SMALL, accumulate_steps=2, trivial_augment=trivial_augment, **ingredients)
-    (one,), losses_of_one, _ = run(config, 1, jax.devices()[:1])
-    (eight,), losses_of_eight, _ = run(config, 1, jax.devices())
+def test_eight_devices_augment_mix_and_accumulate_as_one_does(distortions):
+    ingredients = dict(cutout=4, mixup=0.2, cutmix=1.0, ema_decay=0.9, **distortions)
+    config = dataclasses.replace(SMALL, accumulate_steps=2, **ingredients)
+    (one,), losses_of_one = run(config, 1, 1)
+    (eight,), losses_of_eight = run(config, 1, 8)
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
     chex.assert_trees_all_close(eight.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
-    (plain,), _, _ = run(SMALL, 1, jax.devices()[:1])
+    (plain,), _ = run(SMALL, 1, 1)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(plain.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-5)
 
@@ -109,17 +118,15 @@ def test_eight_devices_augment_mix_and_accumulate_as_one_does(trivial_augment):
 @pytest.mark.usefixtures("float32")
 def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images():
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
-    mesh = create_mesh(jax.devices()[:1])
-    model = config.create_model(4)
-    optimizer = create_optimizer(config, steps_per_epoch=1)
-    state = create_state(model, optimizer, config, 1, mesh)
     data = batch()
     images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
-    logits, _ = model.apply(state.variables, images, train=True, mutable=["batch_stats"])
+    _, _, metrics = rigged_step(config, OfPixels())([1, 2, 3, 4])
+    np.testing.assert_allclose(metrics["loss"], smoothed_loss(images[:, 0, :4, 0] * [1, 2, 3, 4], data), rtol=1e-5)
+
+
+def smoothed_loss(logits, data):
     targets = np.eye(4)[data["label"]] * 0.9 + 0.1 / 4
-    expected = -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
-    _, metrics = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)(state, shard_batch(data, mesh))
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+    return -(targets * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1).mean()
 
 
 @pytest.mark.usefixtures("float32")
@@ -133,11 +140,7 @@ def test_auxiliary_heads_add_their_weighted_losses():
     _, _, metrics = rigged_step(config, WithHeads())(np.ones(4))
     data = batch()
     logits = data["image"][:, 0, :4, 0] / 255
-    targets = np.eye(4)[data["label"]] * 0.9 + 0.1 / 4
-    losses = [
-        -(targets * (head - np.log(np.exp(head).sum(-1, keepdims=True)))).sum(-1).mean()
-        for head in (logits, 2 * logits, logits[:, ::-1])
-    ]
+    losses = [smoothed_loss(head, data) for head in (logits, 2 * logits, logits[:, ::-1])]
     np.testing.assert_allclose(metrics["loss"], losses[0] + 0.3 * (losses[1] + losses[2]), rtol=1e-5)
 
 
@@ -154,7 +157,7 @@ def test_auxiliary_heads_of_a_fresh_network_are_worth_their_weighted_losses():
     losses = {}
     for weight in (0.0, 0.1):
         config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1), auxiliary_weight=weight)
-        _, (losses[weight],), _ = run(config, 1, jax.devices()[:1])
+        _, (losses[weight],) = run(config, 1, 1)
     # Three heads over four classes start near log 4 each.
     assert losses[0.1] - losses[0.0] == pytest.approx(0.1 * 3 * np.log(4), rel=0.5)
 
@@ -200,9 +203,9 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
 
 def test_masked_rows_count_in_no_sum():
     mesh = create_mesh(jax.devices()[:1])
-    model = CONFIG.create_model(4)
-    state = create_state(model, optax.identity(), CONFIG, 1, mesh)
-    step = make_eval_step(model, CONFIG, mesh)
+    model = SMALL.create_model(4)
+    state = create_state(model, optax.identity(), SMALL, 1, mesh)
+    step = make_eval_step(model, SMALL, mesh)
     data = {**batch(), "mask": np.arange(16) < 5}
     result = step(state.variables, shard_batch(data, mesh))
     first_five = {key: value[:5] for key, value in data.items()}
@@ -387,7 +390,7 @@ def leaves_by_kind(tree):
 
 @pytest.mark.parametrize("skip", [True, False], ids=["left out", "taken"])
 def test_a_step_that_is_not_finite_is_left_out_if_asked(skip):
-    config = dataclasses.replace(CONFIG, skip_nonfinite=skip, ema_decay=0.9)
+    config = dataclasses.replace(SMALL, skip_nonfinite=skip, ema_decay=0.9)
     mesh = create_mesh(jax.devices()[:1])
     model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
     state = create_state(model, optimizer, config, 1, mesh)
