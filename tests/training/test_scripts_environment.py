@@ -57,11 +57,11 @@ def test_another_place_is_respected_and_so_is_none(tmp_path):
     "variables",
     [
         {"XDG_CACHE_HOME": "/proc/none"},
-        {"XDG_CACHE_HOME": "FILE"},
+        pytest.param({"XDG_CACHE_HOME": "FILE"}, marks=pytest.mark.long),
         {"XDG_CACHE_HOME": "", "HOME": "relative"},
         {"JAX_COMPILATION_CACHE_DIR": "FILE"},
         {"XDG_CACHE_HOME": "FILE-caf\udce9"},
-        {"JAX_COMPILATION_CACHE_DIR": "FILE-caf\udce9"},
+        pytest.param({"JAX_COMPILATION_CACHE_DIR": "FILE-caf\udce9"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
