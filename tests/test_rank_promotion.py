@@ -43,12 +43,12 @@ def test_a_network_is_initialised_trained_and_evaluated(variant, ops):
     model = small(variant, ops=ops)
     _, variables = jax.eval_shape(partial(model.init_with_output, train=False), jax.random.key(0), IMAGES)
 
-    def loss(params, images):
+    def loss(params, variables, images):
         outputs, updates = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
         return sum(jnp.sum(each**2) for each in jax.tree.leaves(outputs)), updates
 
-    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables)
-    jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], IMAGES)
+    jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], variables, IMAGES)
+    jax.eval_shape(partial(model.apply, train=False), variables, IMAGES)
 
 
 @pytest.mark.parametrize("function", [fuse, equivalent_kernels], ids=["fuse", "equivalent_kernels"])
