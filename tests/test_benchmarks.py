@@ -125,7 +125,8 @@ def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_
     assert all(whole > weights + activations for weights, activations, whole in (training, deploy, gradients))
 
 
-@pytest.mark.parametrize("data", ["memory", pytest.param("jpeg", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("data", ["memory", "jpeg"])
 def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkeypatch, capsys):
     small = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625), image_size=32)
     presets = {name: dataclasses.replace(config, **small) for name, config in pipeline.PRESETS.items()}

@@ -55,12 +55,14 @@ def test_the_faster_layout_races(run):
     assert row(first, first)[1] == "pytorch-eager, contiguous"
 
 
+@pytest.mark.long
 def test_a_layout_that_hangs_is_named_and_the_other_races_beside_what_was_prepared_before(run):
     before, hanging = run("both fast", "channels hangs,contiguous fast", turns=2)
     assert hanging.layout == f"contiguous (channels last over {LIMIT} s)"
     assert len(before.seconds) == len(hanging.seconds) == 2
 
 
+@pytest.mark.long
 def test_what_hangs_in_every_layout_or_in_its_turn_is_reported_as_over_the_limit(run):
     hanging, later, beside = run("both hangs", "both later", "both fast", turns=2)
     assert hanging.error == later.error == f"over {LIMIT} s"

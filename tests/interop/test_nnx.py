@@ -41,7 +41,7 @@ def test_a_bridged_network_gives_and_takes_the_variables_of_the_linen_one():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_d2se"])
+@pytest.mark.parametrize("name", ["repvgg_a0", pytest.param("repvgg_d2se", marks=pytest.mark.long)])
 def test_a_bridged_network_is_fused(name):
     model = create_model(name, **{**SMALL, "width_multiplier": (0.25,) * 4}, param_dtype=jnp.float64)
     module, deploy = bridged(model), bridged(model.clone(deploy=True))

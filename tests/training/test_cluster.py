@@ -76,6 +76,7 @@ def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in finished.workdir.iterdir()}
 
 
+@pytest.mark.long
 def test_a_config_that_process_0_refuses_stops_both(tiny, finished, tmp_path):
     shutil.copytree(finished.workdir, tmp_path / "run")
     processes = start_two(TINY.replace("--epochs 2", "--epochs 3"), tmp_path / "run", tiny.data_dir, tmp_path / "cache")
