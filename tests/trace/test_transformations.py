@@ -67,6 +67,18 @@ def test_inputs_and_outputs_are_pytrees_and_untouched_variables_parameters():
     assert sorted(param.shape for param in fused.params.values()) == [(3, 3, 3, 3), (6, 6, 1)]
 
 
+def test_parameters_kept_in_another_dtype_are_computed_with_in_the_functions_own():
+    v = {"kernel": random_images((1, 1, 2, 3)), "scale": random_images((3,), seed=2)}
+    images = random_images((1, 4, 4, 2), seed=3)
+    fused = reparameterize(lambda v, x: convolve(x, v["kernel"]) * v["scale"], v, images)
+    narrow = {name: value.astype(jnp.bfloat16) for name, value in fused.params.items()}
+    found = fused(narrow, images)
+    assert found.dtype == jnp.float64
+    wide = {name: value.astype(jnp.float64) for name, value in narrow.items()}
+    np.testing.assert_array_equal(found, fused(wide, images))
+    assert float(jnp.abs(found - fused(fused.params, images)).max()) > 1e-4
+
+
 def test_the_result_can_be_transformed_like_any_function():
     module = networks.QARepVGG()
     variables = drawn(module, (2, 9, 9, 6))
