@@ -155,6 +155,8 @@ def fuse_command(arguments: list[str]) -> int:
 def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
     """See that the arguments go together, and that none is given which says nothing about such a source."""
     source = parsed.source
+    if kind == "weights" and not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: expected PyTorch weights, a deploy.safetensors or a run")
     if kind == "deploy" and not parsed.export:
         raise ValueError(f"there is nothing to do: {source} is fused already; --export onnx stablehlo exports it")
     if kind != "run":  # fuse_run sees to its own

@@ -122,6 +122,12 @@ def test_arguments_that_do_not_fit_exit_with_2(arguments, message, weights, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a0.safetensors", "a0.pth"])
+def test_a_file_that_is_not_there_is_told_before_what_it_needs(name, tmp_path, capsys):
+    assert fuse_command([str(tmp_path / name)]) == 2
+    assert f"{name} does not exist: expected PyTorch weights" in capsys.readouterr().err
+
+
 def test_arguments_for_weights_do_not_fit_a_run(tmp_path, capsys):
     assert fuse_command([str(tmp_path), "--variant", "repvgg_a0"]) == 2
     assert "is no file of weights: expected variant with one alone" in capsys.readouterr().err
