@@ -126,9 +126,14 @@ def by_path(tree: Any) -> dict[Path, Any]:
     return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-@lru_cache
 def template(model: RepVGG, in_channels: int) -> Any:
     """Shapes and dtypes of a model's variables; to read, not to change."""
+    return _template(model, in_channels, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _template(model: RepVGG, in_channels: int, x64: bool) -> Any:
+    del x64  # without it, arrays of float64 are of float32
     images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), model.param_dtype)
     init: Callable[..., Any] = lambda key, x: model.init(key, x, train=False)  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0), images)

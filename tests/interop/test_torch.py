@@ -266,3 +266,13 @@ def test_another_network_is_not_excused_by_its_classifier():
 
 def by_path(tree):
     return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
+def test_variables_have_the_models_dtype_whatever_was_converted_before():
+    model = create_model("repvgg_a0", num_classes=4, depths=(1, 1, 1, 1), param_dtype=jnp.float64)
+    for x64 in (False, True, False):
+        with jax.enable_x64(x64):
+            state_dict = {key: np.zeros(value.shape) for key, value in to_state_dict(model, hollow(model)).items()}
+            dtypes = {leaf.dtype for leaf in jax.tree.leaves(from_state_dict(model, state_dict))}
+        assert dtypes == {np.dtype(np.float64 if x64 else np.float32)}
