@@ -133,6 +133,8 @@ def test_any_image_size_and_channel_count_works():
         logits = jax.jit(partial(model.apply, train=False))(variables, random_images(shape, np.float32))
         assert logits.shape == (shape[0], 5)
         assert np.isfinite(logits).all()
+        fast = partial(small(ops="auto").apply, train=False)
+        assert jax.eval_shape(fast, variables, jax.ShapeDtypeStruct(shape, np.float32)).shape == logits.shape
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 1, 28, 20), (1, 4, 64, 48)])

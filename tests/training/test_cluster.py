@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data import ImageDataset, train_iterator
-from repvgg_jax.training import TrainConfig, loop, run_directory
+from repvgg_jax.training import TrainConfig, cluster, loop, run_directory, train_and_evaluate
+from repvgg_jax.training.cluster import on_primary
 from repvgg_jax.training.command import train_command
 from repvgg_jax.training.metrics import read_metrics
 from repvgg_jax.training.steps import create_mesh
@@ -94,6 +95,82 @@ def test_a_loss_that_is_not_finite_stops_both_at_the_same_step(tiny, tmp_path):
     assert [process.returncode for process in processes] == [1, 1], outputs
     named = [re.findall(r"the loss is (?:nan|inf) at (epoch 1, step [1-9]); there is no", output) for output in outputs]
     assert named[0] == named[1] != []
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Makes this process one of two; what process 0 tells the other is kept in a list."""
+    told = []
+
+    def tell(value):
+        if jax.process_index() == 0:
+            told.append(value)
+        return told[-1]
+
+    monkeypatch.setattr(cluster.multihost_utils, "broadcast_one_to_all", tell)
+
+    def become(index):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+
+    return become, told
+
+
+@pytest.mark.parametrize("failure", [ValueError("taken"), OSError("disk full")])
+def test_where_process_0_cannot_begin_neither_does_the_other(failure, as_process):
+    become, told = as_process
+    done = []
+
+    def fail():
+        raise failure
+
+    for index, action in ((0, fail), (1, done.append)):
+        become(index)
+        message = "process 0 cannot begin, and has said why" if index else str(failure)
+        with pytest.raises(ValueError if index else type(failure), match=message):
+            on_primary(action)
+    for index in range(2):
+        become(index)
+        on_primary(lambda index=index: done.append(index))
+    assert done == [0]
+    assert [bool(failed) for failed in told] == [True, False]
+
+
+def test_a_process_that_is_not_the_first_neither_tells_nor_writes_the_end_of_a_run(monkeypatch, tmp_path, capfd):
+    class Alike:
+        table, check = (lambda _: "the table"), (lambda _: None)
+
+    monkeypatch.setattr(run_directory, "fuse_and_compare", lambda *_: (None, None, Alike()))
+    arguments = (tmp_path, None, None, None, None, None)
+    run_directory.finish(*arguments, check_only=True)
+    assert "the table" in capfd.readouterr().out
+    monkeypatch.setattr(run_directory, "is_primary", lambda: False)
+    assert isinstance(run_directory.finish(*arguments), Alike)
+    assert "".join(capfd.readouterr()) == ""
+    assert not list(tmp_path.iterdir())
+
+
+class BegunError(Exception):
+    pass
+
+
+def test_a_run_of_another_config_is_refused_in_both_processes(tiny, as_process, tmp_path, monkeypatch):
+    become, told = as_process
+
+    def train(*_):
+        raise BegunError
+
+    monkeypatch.setattr(loop._Run, "train", train)
+    with pytest.raises(BegunError):
+        train_and_evaluate(tiny, tmp_path / "run")
+    config = dataclasses.replace(tiny, epochs=3)
+    become(0)
+    with pytest.raises(ValueError, match=r"another config \(epochs was 2, is 3\)"):
+        train_and_evaluate(config, tmp_path / "run")
+    become(1)
+    with pytest.raises(ValueError, match="process 0 cannot begin"):
+        train_and_evaluate(config, tmp_path / "run")
+    assert [bool(failed) for failed in told] == [True]
 
 
 class ReadError(Exception):

@@ -5,6 +5,7 @@ import re
 import typing
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import repvgg_jax.training.config as config_module
@@ -197,3 +198,16 @@ def test_the_plus_preset_is_tested_at_320_pixels_with_its_auxiliary_heads():
     assert (preset.image_size, preset.evaluation_size, preset.epochs, preset.weight_decay) == (256, 320, 300, 4e-5)
     assert preset.create_model(10).auxiliary_heads
     assert PRESETS["imagenet"].evaluation_size == 224
+
+
+def test_the_network_is_built_as_the_config_says():
+    config = TrainConfig(
+        variant="repvgg_b1g4", strides=(1, 1, 2, 2, 1), depths=(1, 2, 1, 1), width_multiplier=(0.5, 0.25, 0.25, 0.125),
+        dtype="bfloat16", remat=True, init_from="run", frozen="stage2",
+    )  # fmt: skip
+    model = config.create_model(7)
+    for name in ("strides", "depths", "width_multiplier", "remat", "frozen"):
+        assert getattr(model, name) == getattr(config, name), name
+    assert (model.num_classes, model.dtype, model.deploy) == (7, jnp.bfloat16, False)
+    plain = TrainConfig().create_model(7)
+    assert (plain.dtype, plain.remat, plain.frozen) == (None, False, None)

@@ -90,7 +90,12 @@ def train(tmp_path, monkeypatch):
         clock = [0]
         monkeypatch.setattr(loop, "create_state", lambda *_: initial(weight))
         monkeypatch.setattr(loop, "abstract_state", lambda *_: None)
-        monkeypatch.setattr(loop, "make_train_step", lambda m, o, each, *_, **__: CountingStep(each, loss, clock))
+
+        def make_train_step(model, optimizer, each, mesh, *, steps_per_epoch):
+            assert steps_per_epoch == STEPS
+            return CountingStep(each, loss, clock)
+
+        monkeypatch.setattr(loop, "make_train_step", make_train_step)
         monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(clock[0])))
         for picture in ("draw_curves", "draw_confusion"):
             monkeypatch.setattr(loop, picture, lambda *_: None)
@@ -236,6 +241,19 @@ def test_means_leave_out_what_was_skipped_and_an_epoch_of_nothing_else_has_none(
     nothing = loop._summarize([{**step, "skipped": 1.0} for step in steps])
     assert nothing.pop("loss") != nothing
     assert nothing == {"skipped": 2.0}
+
+
+def test_a_process_that_is_not_the_first_writes_and_says_nothing(train, monkeypatch, tmp_path, capfd):
+    _, history, saved = train()
+    assert (tmp_path / "metrics.jsonl").is_file()
+    assert "epoch 5/5" in capfd.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(loop, "is_primary", lambda: False)
+    _, same_history, same_saved = train()
+    assert same_history == history
+    assert same_saved == saved  # Orbax writes each process's part.
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_an_epoch_is_told_in_a_line():

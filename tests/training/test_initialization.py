@@ -79,11 +79,17 @@ def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin
     assert saved.mean == TrainConfig.load(finished.workdir / "config.json").mean
     images = normalize(batch["image"], saved.mean, saved.std)
 
-    found, expected = (
-        np.asarray(jax.jit(partial(form.apply, train=False))(variables, images))
-        for form, variables in ((tiny.create_model(10), state.variables), (deployed.model, deployed.variables))
-    )
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    @jax.jit
+    def logits(variables, deploy_variables, images):
+        model = tiny.create_model(10)
+        in_training, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        expected = deployed.model.apply(deploy_variables, images, train=False)
+        return expected, model.apply(variables, images, train=False), in_training
+
+    # In training too, on the batch that the statistics are of: the first.
+    expected, *both = map(np.asarray, logits(state.variables, deployed.variables, images))
+    for found in both:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.long

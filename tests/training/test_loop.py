@@ -13,6 +13,7 @@ from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, TrainingDivergedError, comparison, fuse_run, loop, train_and_evaluate
 from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.figures import draw_confusion
+from repvgg_jax.training.initialization import start_from
 from repvgg_jax.training.metrics import read_metrics
 
 
@@ -44,6 +45,17 @@ def test_training_learns_and_fusing_changes_no_prediction(finished):
     assert finished.comparison.agreement.predictions_changed == 0
     assert finished.comparison.agreement.relative < 1e-5
     assert finished.comparison.agreement.compared == 360
+    assert finished.history[-1]["test/accuracy"] == pytest.approx(finished.comparison.training.accuracy)
+
+
+def test_another_seed_is_another_run(tiny, begin, tmp_path):
+    """From its first step on: other weights, and other images first."""
+    (state, batch), (other, other_batch) = (
+        begin(dataclasses.replace(tiny, seed=seed), tmp_path / f"run-{seed}") for seed in (0, 1)
+    )
+    kernels = [each.params["stem"]["branch_3x3"]["conv"]["kernel"] for each in (state, other)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+    assert not np.array_equal(batch["label"], other_batch["label"])
 
 
 def test_the_deploy_file_classifies_raw_images_as_the_run_did(finished, tiny):
@@ -112,6 +124,9 @@ def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tm
     assert again.agreement == result.comparison.agreement != finished.comparison.agreement
     assert again.deploy.accuracy == result.comparison.deploy.accuracy
     assert "moving average" in (run / "report.md").read_text()
+    # Neither does what starts from it begin with anything else.
+    begun = start_from(dataclasses.replace(tiny, init_from=str(run)), finished.state.variables, None)
+    chex.assert_trees_all_equal(begun, average)
 
 
 @pytest.mark.long
@@ -175,7 +190,9 @@ def test_a_finished_run_is_not_trained_again_where_a_kill_cut_off_a_line_either(
     shutil.copytree(finished.workdir, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
-    again = train_and_evaluate(tiny, tmp_path / "run")
+    # Where the data lie is no part of the config that must stay the same.
+    (tmp_path / "moved").symlink_to(tiny.data_dir)
+    again = train_and_evaluate(dataclasses.replace(tiny, data_dir=str(tmp_path / "moved")), tmp_path / "run")
     assert [line["epoch"] for line in again.history] == [1, 2]
     chex.assert_trees_all_equal(again.state, finished.state)
 
