@@ -1,5 +1,13 @@
 """Structural re-parameterization as algebra on arrays. Imports JAX alone, so any JAX code can use it."""
 
+from repvgg_jax.reparam.equivalence import (
+    Agreement,
+    EquivalenceError,
+    agreement,
+    assert_equivalent,
+    first_divergence,
+)
+from repvgg_jax.reparam.fusing import equivalent_kernels, fuse, fuse_with
 from repvgg_jax.reparam.kernels import (
     Convolution,
     fold_batch_norm,
@@ -8,14 +16,6 @@ from repvgg_jax.reparam.kernels import (
     pad_kernel,
 )
 from repvgg_jax.reparam.rules import Replacement, Rule, branch_rule, first_match, repvgg_rule
-from repvgg_jax.reparam.tree import equivalent_kernels, fuse, fuse_with
-from repvgg_jax.reparam.verify import (
-    Agreement,
-    EquivalenceError,
-    agreement,
-    assert_equivalent,
-    first_divergence,
-)
 
 __all__ = [
     "Agreement",
