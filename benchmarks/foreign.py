@@ -27,7 +27,7 @@ from benchmarks.command import end_with, whole
 from benchmarks.speed import machine
 from examples.other_libraries import from_equinox, from_haiku, from_keras, from_linen, from_nnx
 from repvgg_jax import reparameterize
-from repvgg_jax.trace.report import Change
+from repvgg_jax.transform.merging.report import Change
 
 # The variance of kernels times their fan-in. At 1 the images leave no trace in the outputs of some networks; at 2
 # rounding alone changes the outputs of MobileNetV2 as much as the merge may. Gates halve what they pass.

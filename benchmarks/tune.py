@@ -2,7 +2,7 @@
 
 One row per convolution and direction (forward, input gradient, kernel gradient): the milliseconds of the plain
 lowering, then what the others take of it. The lowerings take turns in one process; a figure is the median over the
-turns of the ratio to the plain lowering in the same turn. `<` marks what `repvgg_jax.ops.table` chooses.
+turns of the ratio to the plain lowering in the same turn. `<` marks what `repvgg_jax.ops.choose` chooses.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from benchmarks.command import end_with
 from repvgg_jax.devices import require_devices
 from repvgg_jax.models.partial_evaluation import split
 from repvgg_jax.ops import compiler_options, inference_on
-from repvgg_jax.ops.lowering import Window
-from repvgg_jax.ops.table import LOWERINGS, choose
+from repvgg_jax.ops.choose import LOWERINGS, choose
+from repvgg_jax.ops.lowerings.base import Window
 
 PADDED = ((1, 1), (1, 1))
 TURNS = 9

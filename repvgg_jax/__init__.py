@@ -2,7 +2,7 @@
 
 from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, reopen_model, summarize
 from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
-from repvgg_jax.trace import reparameterize
+from repvgg_jax.transform import reparameterize
 from repvgg_jax.version import VERSION as __version__  # noqa: N811
 
 __all__ = [

@@ -1,8 +1,9 @@
 """Make small mistakes in the core, one at a time, and count those that the tests notice.
 
-`pip install -e ".[mutants]"`, then `python -m tests.mutants reparam trace ops`. There are thousands of mistakes, a few
-seconds each; `--every 20` takes each twentieth. They are Cosmic Ray's (https://github.com/sixty-north/cosmic-ray): a
-number one larger or smaller, + for -, < for <=, a condition turned round, a loop that is not run, a decorator left out.
+`pip install -e ".[mutants]"`, then `python -m tests.mutants reparam transform ops`. There are thousands of mistakes, a
+few seconds each; `--every 20` takes each twentieth. They are Cosmic Ray's (https://github.com/sixty-north/cosmic-ray):
+a number one larger or smaller, + for -, < for <=, a condition turned round, a loop that is not run, a decorator left
+out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 # What is asked of each package: the tests that mirror it, and those that hold its gradients.
 TESTS = {
     "reparam": ["tests/reparam"],
-    "trace": ["tests/trace"],
+    "transform": ["tests/transform"],
     "ops": ["tests/ops", "tests/models/test_operations.py"],
 }
 # One replacement for each operator of Python: what notices + in place of - notices the others too. `|` stands in

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax import lax
 
-from repvgg_jax.ops import plain
-from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.choose import LOWERINGS, Choice, choose
+from repvgg_jax.ops.lowerings import plain
+from repvgg_jax.ops.lowerings.base import Window
 from repvgg_jax.ops.manual_axes import varying_alike
 from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform, known_platform
 from repvgg_jax.ops.reverse_mode import reverse_mode_only
-from repvgg_jax.ops.table import LOWERINGS, Choice, choose
 
 
 def conv_general_dilated(
@@ -32,12 +32,12 @@ def conv_general_dilated(
     """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
 
     NHWC images with HWIO kernels of 1×1 or 3×3 taps, or of up to 7×7 taps in one group per channel, are lowered as
-    `repvgg_jax.ops.table` says. In float32 on CPU they become matrix products, im2col, Winograd or, in one group per
+    `repvgg_jax.ops.choose` says. In float32 on CPU they become matrix products, im2col, Winograd or, in one group per
     channel, sums of shifted images, each with gradients of its own. In bfloat16 and float16 on CUDA they are lowered by
     space to depth where many pixels have few channels and the stride is 2, and ungrouped, with zeros between the
     groups, where cuDNN's grouped kernels are slow. The platform is the one the program is lowered for, not the one at
     hand. Every other call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch the
-    table sees the global shape.
+    choice sees the global shape.
 
     Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
     `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.

@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from repvgg_jax.ops import conv_general_dilated, grouped, inference_on, pointwise
-from repvgg_jax.ops.lowering import Window
-from repvgg_jax.ops.table import LOWERINGS, choose
+from repvgg_jax.ops import conv_general_dilated, inference_on
+from repvgg_jax.ops.choose import LOWERINGS, choose
+from repvgg_jax.ops.lowerings import grouped, pointwise
+from repvgg_jax.ops.lowerings.base import Window
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 32)
 FEW_SIZES = (1, 2, 3, 5, 8)  # below one tile of Winograd's, and with and without a remainder
@@ -65,7 +66,7 @@ def by_lowering(lowering, x, kernel, dy, window):
     return run(x, kernel, dy)
 
 
-def by_table(x, kernel, dy, window, **options):
+def as_chosen(x, kernel, dy, window, **options):
     @jax.jit
     def run(x, kernel, dy):
         convolve = partial(
@@ -196,7 +197,7 @@ def test_every_lowering_is_the_convolution_wherever_it_says_it_is(name, data):
 @given(problems())
 def test_the_public_function_is_the_convolution(case):
     arrays = problem(*case)
-    assert_close(by_table(*arrays, case[2]), truth(*arrays, case[2]))
+    assert_close(as_chosen(*arrays, case[2]), truth(*arrays, case[2]))
 
 
 @pytest.mark.parametrize("name", [name for name in LOWERINGS if name != "pointwise"])
@@ -298,10 +299,10 @@ def test_highest_precision_never_takes_winograd(exact):
     assert any("winograd" in name for name in choose(*shapes, window)["cpu"])
     arrays = problem(*shapes, window)
     expected = truth(*arrays, window)
-    assert max(errors(by_table(*arrays, window, **exact), expected)) < 1e-6
+    assert max(errors(as_chosen(*arrays, window, **exact), expected)) < 1e-6
     with jax.default_matmul_precision("float32"):
-        assert max(errors(by_table(*arrays, window), expected)) < 1e-6
-    assert max(errors(by_table(*arrays, window), expected)) > 1e-6
+        assert max(errors(as_chosen(*arrays, window), expected)) < 1e-6
+    assert max(errors(as_chosen(*arrays, window), expected)) > 1e-6
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])

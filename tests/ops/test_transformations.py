@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from repvgg_jax.ops import batch_norm_train, conv_general_dilated
-from repvgg_jax.ops.lowering import Window
+from repvgg_jax.ops.choose import LOWERINGS, choose
+from repvgg_jax.ops.lowerings.base import Window
 from repvgg_jax.ops.materialize import materialize
-from repvgg_jax.ops.table import LOWERINGS, choose
 
 ONE = ((1, 1), (1, 1))
 SHAPES = {
@@ -67,7 +67,7 @@ def assert_close(found, expected, tolerance=2e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
-def test_the_cases_reach_every_lowering_of_the_table():
+def test_the_cases_reach_every_lowering_that_is_chosen():
     reached = {
         name for images, kernel, *rest in SHAPES.values() for name in choose(images, kernel, Window(*rest))["cpu"]
     }

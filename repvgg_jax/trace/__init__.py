@@ -1,5 +1,0 @@
-"""Structural re-parameterization of any traced function. Imports `reparam` and `ops`, and JAX; knows no network."""
-
-from repvgg_jax.trace.reparameterize import Reparameterized, reparameterize
-
-__all__ = ["Reparameterized", "reparameterize"]

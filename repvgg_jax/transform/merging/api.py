@@ -1,0 +1,195 @@
+"""Structural re-parameterization as a transformation of functions, as `jax.grad` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import lax
+
+from repvgg_jax.ops import conv_general_dilated
+from repvgg_jax.transform.merging.constants import Constant
+from repvgg_jax.transform.merging.interpreter import Interpreter
+from repvgg_jax.transform.merging.report import Change, describe, totals
+
+
+class Reparameterized:
+    """A function of parameters and inputs, with its convolutions merged; `reparameterize` makes it.
+
+    Attributes:
+      params: the parameters by name: folded kernels and biases, and those variables that are used as they are.
+    """
+
+    params: dict[str, jax.Array]
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        variables: Any,
+        inputs: Sequence[Any],
+        convolution: Callable[..., jax.Array],
+        fewest: bool,
+    ):
+        leaves, self._structure = jax.tree.flatten(variables)
+        traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+        if traced:
+            raise ValueError(
+                f"{len(traced)} of {len(leaves)} variables are tracers: the fold is computed once, in float64 on the "
+                "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
+            )
+        self._function, self._convolution, self._fewest = function, convolution, fewest
+        self._variables = list(map(_abstract, leaves))
+        self._read: dict[Any, tuple[Interpreter, Any]] = {}
+        self._first, _ = self._interpreted(inputs, leaves)
+        program = self._first.program
+        self.params = {name: jax.device_put(value) for name, value in zip(program.names, program.values(), strict=True)}
+
+    def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
+        """Compute what the function computes of the variables and these inputs.
+
+        Args:
+          params: as `self.params`, or others of the same names and shapes.
+          inputs: of any shapes that the function itself takes; it is traced anew for each.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          ValueError: the parameters are not those of this function, or it needs others for inputs of these shapes.
+        """
+        interpreter, structure = self._interpreted(inputs, None)
+        program = interpreter.program
+        differing = {
+            name: (np.shape(params[name]) if name in params else "missing", constant.compact)
+            for name, constant in zip(program.names, program.constants, strict=True)
+            if name not in params or np.shape(params[name]) != constant.compact
+        }
+        if differing:
+            raise ValueError(
+                "the parameters are not those of this function: "
+                + "; ".join(f"{name} is {found}, expected {wanted}" for name, (found, wanted) in differing.items())
+            )
+        outputs = program.run([params[name] for name in program.names], jax.tree.leaves(inputs))
+        return jax.tree.unflatten(structure, outputs)
+
+    def __repr__(self) -> str:
+        convolutions = self.totals["convolutions"]
+        return f"<reparameterized function, {convolutions.before} convolutions in {convolutions.after}>"
+
+    @property
+    def totals(self) -> dict[str, Change]:
+        """'convolutions', 'multiply-adds' (for the inputs it was made with) and 'array elements', before and after."""
+        before = sum(int(np.prod(variable.shape)) for variable in self._variables)
+        return totals(self._first, Change(before, sum(param.size for param in self.params.values())))
+
+    def report(self) -> str:
+        """What was merged, what was left and why; convolutions, multiply-adds and array elements before and after."""
+        return describe(self._first, self.totals)
+
+    def _interpreted(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
+        """The program for inputs of these shapes; values are needed for the first alone."""
+        flat, tree = jax.tree.flatten(tuple(inputs))
+        avals = tuple(map(_abstract, flat))
+        # What is traced depends on these two settings, too.
+        settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        key = (tree, settings, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
+        if key not in self._read:
+            read = self._interpret(tree, avals, leaves)
+            if leaves is None:
+                self._require_known(read[0])
+            self._read[key] = read
+        return self._read[key]
+
+    def _require_known(self, interpreter: Interpreter) -> None:
+        """A program for other inputs must do with the parameters that there are."""
+        ours, theirs = (
+            dict(zip(program.names, program.constants, strict=True))
+            for program in (self._first.program, interpreter.program)
+        )
+        unknown = [
+            f"{name} {constant.compact}"
+            for name, constant in theirs.items()
+            if name not in ours or ours[name].recipe != constant.recipe
+        ]
+        if unknown:
+            raise ValueError(
+                "for these inputs the function folds to other parameters than when it was reparameterized: "
+                f"{', '.join(unknown)}. It computes with their sizes, pads by them (strides under 'SAME' do, between "
+                "even and odd), or is traced in another way (some exporters replace what libraries call). "
+                "Reparameterize once for each such size, with inputs of it"
+            )
+
+    def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
+        variables = jax.tree.unflatten(self._structure, self._variables)
+        trace = jax.make_jaxpr(self._function, return_shape=True)
+        closed, shapes = trace(variables, *jax.tree.unflatten(tree, avals))
+        interpreter = Interpreter(self._convolution, self._fewest)
+
+        def variable(index: int, aval: Any) -> Constant:
+            def value() -> Any:
+                assert leaves is not None, "what is folded is decided by shapes alone"
+                return leaves[index]
+
+            return Constant(aval.shape, aval.dtype, value, recipe=("variable", index))
+
+        constants = [variable(index, aval) for index, aval in enumerate(self._variables)]
+        interpreter.read(closed, [*constants, *map(interpreter.input, avals)])
+        return interpreter, jax.tree.structure(shapes)
+
+
+def _abstract(leaf: Any) -> Any:
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def reparameterize(
+    function: Callable[..., Any],
+    variables: Any,
+    *inputs: Any,
+    fewest_convolutions: bool = False,
+    ops: Literal["auto", "xla"] = "auto",
+) -> Reparameterized:
+    """Merge the convolutions of a function, whatever library wrote it.
+
+    The function is traced, and read as a program. What does not depend on the inputs is computed once, in float64. What
+    is affine in an earlier value, by convolutions, batch norms in evaluation, scales, shifts, sums, padding by zeros
+    and means over windows, becomes one convolution of that value, where that is exact and takes no more multiply-adds;
+    everything else stays as it is.
+
+    Args:
+      function: of variables and inputs, e.g. `lambda v, x: model.apply(v, x, train=False)`; traceable by JAX.
+      variables: pytree of arrays.
+      inputs: examples of the inputs, arrays or `jax.ShapeDtypeStruct`, in pytrees. Later ones may have other shapes, as
+        long as the function takes them.
+      fewest_convolutions: merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as a 3×3, a
+        bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
+      ops: "auto" computes the result by the fast lowerings of `repvgg_jax.ops`, "xla" by XLA's own convolutions, which
+        is what exporters to other formats can read.
+
+    Returns:
+      `fused`, with `fused(fused.params, *inputs)` equal to `function(variables, *inputs)`, and `fused.report()`.
+
+    Raises:
+      ValueError: the variables are tracers, or `ops` is neither.
+
+    References:
+      Ding et al., *RepVGG*, CVPR 2021, arXiv:2101.03697, section 3.3, and *Diverse Branch Block*, CVPR 2021,
+      arXiv:2103.13425, section 3, for the algebra. The interpreter follows "Autodidax" (JAX's documentation).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from repvgg_jax import reparameterize
+      >>> def network(v, x):
+      ...     y = jax.lax.conv(x, v["kernel"], (1, 1), "SAME")
+      ...     return jax.nn.relu((y - v["mean"][:, None, None]) * v["scale"][:, None, None] + x)
+      >>> v = {"kernel": jnp.ones((3, 3, 1, 1)), "mean": jnp.ones(3), "scale": jnp.full(3, 2.0)}
+      >>> fused = reparameterize(network, v, jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32))
+      >>> [(name, param.shape) for name, param in fused.params.items()]
+      [('convolution/kernel', (1, 1, 3, 3)), ('convolution/bias', (3,))]
+    """
+    if ops not in ("auto", "xla"):
+        raise ValueError(f"ops is {ops!r}: expected 'auto' or 'xla'")
+    convolution = conv_general_dilated if ops == "auto" else lax.conv_general_dilated
+    return Reparameterized(function, variables, inputs, convolution, fewest_convolutions)

@@ -1,0 +1,175 @@
+"""A convolution of a convolution, where one of the two has a single tap: exact, or not done."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from repvgg_jax.transform.merging.affine import Affine, Apart, Term, Window, is_one
+from repvgg_jax.transform.merging.constants import Constant
+from repvgg_jax.transform.merging.merge import merge
+
+
+class Refusal(NamedTuple):
+    """Why two things are not merged."""
+
+    reason: str
+
+
+_SHIFTED = Refusal("a convolution pads with zeros what was shifted before it: pad first, and it merges")
+_SEVERAL = Refusal("a convolution reads the sum of convolutions that are not one")
+_UNLIKE = Refusal("two convolutions in a row differ in groups, layout, dilation or precision")
+_LARGE = Refusal("two convolutions in a row both have more than one tap, or the second leaves pixels out")
+COSTLY = Refusal(
+    "merged, a convolution, or a mean over windows, of a convolution would take more multiply-adds: "
+    "fewest_convolutions=True merges it"
+)
+
+
+def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None] | Refusal | None:
+    """Fold an elementwise map of the source into the convolution that reads it.
+
+    Returns:
+      Kernel and bias; a refusal where the shift would meet zeros of the padding, which it does not shift; None where
+      the map is not one of the channels.
+    """
+    window, rank = term.window, len(source.aval.shape)
+    axis = window.source_axes[1]
+    scale = None if source.scale is None else source.scale.vector(rank, axis)
+    shift = None if source.shift is None else source.shift.vector(rank, axis)
+    if scale is None or (shift is None and source.shift is not None):
+        return None
+    if shift is not None and (_pads(window) or any(step != 1 for step in window.source_dilation)):
+        return _SHIFTED
+    if window.batch_groups != 1:
+        return None
+    if not scale.variable and scale.shape == (1,) and not is_one(source.scale):
+        # A number of the program, not of the variables, is often made of an image's size, as in a mean over it. In the
+        # kernel it would tie the kernel to that size.
+        return None
+    kernel = term.kernel.map(
+        "scale before",
+        lambda kernel, scale: kernel * _by_group(scale, kernel, window.groups),
+        scale,
+        shape=term.kernel.shape,
+        by=window.groups,
+    )
+    if shift is None:
+        return kernel, None
+    bias = term.kernel.map(
+        "shift before",
+        lambda kernel, shift: (kernel * _by_group(shift, kernel, window.groups)).sum(tuple(range(kernel.ndim - 1))),
+        shift,
+        shape=term.kernel.shape[-1:],
+        by=window.groups,
+    )
+    return kernel, bias
+
+
+def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
+    """A vector of the source's channels as (in/groups, out): the channels that each output reads."""
+    *_, within, out = kernel.shape
+    channels = np.broadcast_to(vector, (groups * within,)).reshape(groups, within)
+    return np.repeat(channels, out // groups, axis=0).T
+
+
+def compose(inner: Affine, outer: Term, fewest: bool) -> Term | Refusal:
+    """The one convolution that a convolution of a convolution is.
+
+    Args:
+      inner: the value between, with terms.
+      outer: the convolution that reads it.
+      fewest: convolutions, whatever they cost.
+
+    Returns:
+      The term, with the way apart kept where that is cheaper; a refusal where no single convolution is exact.
+    """
+    terms, scale = merge(inner, fewest)
+    if len(terms) != 1 or scale is not None:
+        return _SEVERAL
+    (first,), second = terms, outer
+    a, b = first.window, second.window
+    if (
+        a.axes != b.source_axes
+        or a.groups != 1
+        or b.groups != 1
+        or a.batch_groups != 1
+        or b.batch_groups != 1
+        or (a.precision, a.preferred) != (b.precision, b.preferred)
+        or any(step != 1 for step in (*a.source_dilation, *b.source_dilation))
+    ):
+        return _UNLIKE
+    bias = _total_bias(inner, first)
+    if bias is not None and _pads(b):
+        return _SHIFTED
+    if all(size == 1 for size in first.size) and all(step == 1 for step in a.strides) and not _crops(a):
+        padding = tuple(
+            (low + lower, high + higher) for (low, high), (lower, higher) in zip(a.padding, b.padding, strict=True)
+        )
+        window = dataclasses.replace(b, source_axes=a.source_axes, padding=padding)
+        kernel = second.kernel.map(
+            "1×1, then k×k",
+            lambda second, first: np.einsum("im,...mo->...io", first.reshape(first.shape[-2:]), second),
+            first.kernel,
+            shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+        )
+    elif (
+        all(size == 1 for size in second.size)
+        and all(step == 1 for step in b.strides)
+        and not _pads(b)
+        and not _crops(b)
+    ):
+        window = dataclasses.replace(a, axes=b.axes)
+        kernel = first.kernel.map(
+            "k×k, then 1×1",
+            lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),
+            second.kernel,
+            shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+        )
+    else:
+        return _LARGE
+    through = None
+    if bias is not None:
+        through = second.kernel.map(
+            "bias through",
+            lambda kernel, bias: np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1])).sum(
+                tuple(range(kernel.ndim - 2))
+            ),
+            bias,
+            shape=second.kernel.shape[-1:],
+        )
+    cost = first.cost * pixels_read(second) + second.cost
+    term = Term(kernel, window, through)
+    return term if fewest or term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
+
+
+def pixels_read(outer: Term) -> int:
+    """At least so many pixels of the value in between are computed for one pixel of the result, however small it is.
+
+    From the window alone, so that images of every size are merged alike.
+    """
+    window = outer.window
+    reach = [(size - 1) * step for size, step in zip(outer.size, window.dilation, strict=True)]
+    if any(low + high > span for (low, high), span in zip(window.padding, reach, strict=True)):
+        return 0
+    return 1
+
+
+def _total_bias(inner: Affine, term: Term) -> Constant | None:
+    shift = None
+    if inner.shift is not None:
+        shift = inner.shift.vector(len(inner.aval.shape), term.window.axes[1])
+        assert shift is not None
+    if term.bias is None or shift is None:
+        return shift if term.bias is None else term.bias
+    return term.bias.map("add", np.add, shift, shape=term.bias.shape)
+
+
+def _pads(window: Window) -> bool:
+    return any(low > 0 or high > 0 for low, high in window.padding)
+
+
+def _crops(window: Window) -> bool:
+    return any(low < 0 or high < 0 for low, high in window.padding)
