@@ -19,8 +19,8 @@ import tyro
 
 from repvgg_jax.compilation_cache import keep_compiled_programs
 from repvgg_jax.data import fit, normalize, read_image
-from repvgg_jax.data.find import EXTENSIONS, describe_left_out
-from repvgg_jax.data.find import find_images as find_below
+from repvgg_jax.data.sources.image_files import EXTENSIONS, describe_left_out
+from repvgg_jax.data.sources.image_files import find_images as find_below
 from repvgg_jax.devices import require_devices
 from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy

@@ -1,6 +1,6 @@
 """Image data sets, batches and on-device augmentation."""
 
-from repvgg_jax.data.augment import (
+from repvgg_jax.data.augment.basic import (
     alternating_flip,
     normalize,
     random_color_jitter,
@@ -8,13 +8,13 @@ from repvgg_jax.data.augment import (
     random_cutout,
     random_flip,
 )
+from repvgg_jax.data.augment.mix import random_mix
+from repvgg_jax.data.augment.trivial import trivial_augment
 from repvgg_jax.data.dataset import ImageDataset, Record, Source
-from repvgg_jax.data.decode import fit, read_image
+from repvgg_jax.data.images import fit, read_image
 from repvgg_jax.data.load import load_dataset
-from repvgg_jax.data.mix import random_mix
 from repvgg_jax.data.normalization import measure_normalization
 from repvgg_jax.data.pipeline import eval_batches, train_iterator
-from repvgg_jax.data.trivial_augment import trivial_augment
 
 __all__ = [
     "ImageDataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from repvgg_jax.data.dataset import ImageDataset
-from repvgg_jax.data.folder import load_folder
+from repvgg_jax.data.sources.folder import load_folder
 
 
 def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> ImageDataset:
@@ -28,10 +28,10 @@ def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> Im
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"), seed=seed)
     # Importing TFDS and scikit-learn takes seconds that folders and predictions need not pay.
-    from repvgg_jax.data.prepared import load_prepared
+    from repvgg_jax.data.sources.tfds import load_prepared
 
     if name.partition(":")[0] == "digits":
-        from repvgg_jax.data.digits import prepare_digits
+        from repvgg_jax.data.sources.digits import prepare_digits
 
         prepare_digits(data_dir)
     return load_prepared(name, data_dir)

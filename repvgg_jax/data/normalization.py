@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from repvgg_jax.data.dataset import Source
-from repvgg_jax.data.read import ReadBatch, read_options
+from repvgg_jax.data.pipeline import ReadBatch, read_options
 
 
 def measure_normalization(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repvgg_jax.data import eval_batches, fit, train_iterator
-from repvgg_jax.data.memory import InMemory
+from repvgg_jax.data.sources.memory import InMemory
 from tests.data.tiny_data import noise
 
 SIZE = {"image_size": 4, "channels": 3}

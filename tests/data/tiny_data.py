@@ -43,7 +43,7 @@ def write_tfds(
     """Prepares a TFDS data set; returns its version directory."""
     import tensorflow_datasets as tfds
 
-    from repvgg_jax.data.digits import _quiet
+    from repvgg_jax.data.sources.digits import _quiet
 
     chosen = features or {
         "image": tfds.features.Image(shape=(None, None, 3)),

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from repvgg_jax.data.locate import tfds_directory
+from repvgg_jax.data.sources.locate import tfds_directory
 
 TEST_SIZE = 360
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.data.dataset import ImageDataset, Record
-from repvgg_jax.data.decode import read_image
-from repvgg_jax.data.locate import locate
-from repvgg_jax.data.memory import keep_if_small
+from repvgg_jax.data.images import read_image
+from repvgg_jax.data.sources.locate import locate
+from repvgg_jax.data.sources.memory import keep_if_small
 
 
 def load_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from repvgg_jax.data import fit, read_image
-from repvgg_jax.data.decode import MAX_BYTES, MAX_PIXELS, convert_channels
+from repvgg_jax.data.images import MAX_BYTES, MAX_PIXELS, convert_channels
 from tests.data.tiny_data import encode, noise
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from repvgg_jax.data import load_dataset
-from repvgg_jax.data.locate import locate, tfds_directory
+from repvgg_jax.data.sources.locate import locate, tfds_directory
 
 
 def prepare(directory):

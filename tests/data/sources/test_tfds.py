@@ -7,8 +7,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repvgg_jax.data import load_dataset
-from repvgg_jax.data.memory import InMemory
-from repvgg_jax.data.prepared import TfdsSplit
+from repvgg_jax.data.sources.memory import InMemory
+from repvgg_jax.data.sources.tfds import TfdsSplit
 from tests.data.tiny_data import encode, noise, write_tfds
 
 PICTURES = [noise(5, 4 + i, 3, seed=i) for i in range(5)]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from repvgg_jax.data.dataset import ImageDataset, Record
-from repvgg_jax.data.decode import read_image
-from repvgg_jax.data.find import EXTENSIONS, LeftOut, describe_left_out, find_images, list_directory
-from repvgg_jax.data.locate import expand_home
+from repvgg_jax.data.images import read_image
+from repvgg_jax.data.sources.image_files import EXTENSIONS, LeftOut, describe_left_out, find_images, list_directory
+from repvgg_jax.data.sources.locate import expand_home
 from repvgg_jax.terminal import printable
 
 TEST_FRACTION = 0.2

@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from repvgg_jax.data import load_dataset
-from repvgg_jax.data.digits import Digits, prepare_digits
+from repvgg_jax.data.sources.digits import Digits, prepare_digits
 
 
 def test_the_digits_are_described_as_they_are(digits):

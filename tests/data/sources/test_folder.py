@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data import load_dataset
-from repvgg_jax.data.folder import load_folder
+from repvgg_jax.data.sources.folder import load_folder
 from tests.data.tiny_data import encode, lock_directories, noise
 
 

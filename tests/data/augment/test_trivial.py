@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from repvgg_jax.data.trivial_augment import OPERATIONS, trivial_augment
+from repvgg_jax.data.augment.trivial import OPERATIONS, trivial_augment
 from tests.data.tiny_data import noise
 
 # By its path: the package has a function of the name.
-MODULE = importlib.import_module("repvgg_jax.data.trivial_augment")
+MODULE = importlib.import_module("repvgg_jax.data.augment.trivial")
 
 
 def pictures():

@@ -3,8 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from repvgg_jax.data import memory
-from repvgg_jax.data.memory import InMemory, keep_if_small
+from repvgg_jax.data.sources import memory
+from repvgg_jax.data.sources.memory import InMemory, keep_if_small
 
 
 class Counting:

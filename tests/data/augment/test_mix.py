@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.data.mix import cutmix_weights, mix, mixup_weights, random_mix
+from repvgg_jax.data.augment.mix import cutmix_weights, mix, mixup_weights, random_mix
 from tests.data.tiny_data import noise
 
 IMAGES = noise(6, 8, 10, 3).astype(np.float32)

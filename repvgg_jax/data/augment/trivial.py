@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.data.augment import grey
+from repvgg_jax.data.augment.basic import grey
 
 _LEVELS = 31
 _MOST_CHANGE = 0.99
