@@ -22,10 +22,10 @@ from repvgg_jax.data import fit, normalize, read_image
 from repvgg_jax.data.sources.image_files import EXTENSIONS, describe_left_out
 from repvgg_jax.data.sources.image_files import find_images as find_below
 from repvgg_jax.devices import require_devices
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.models import compile_inference
 from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.terminal import Output, fail, printable, run_command
 
 _EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"

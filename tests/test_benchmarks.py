@@ -18,7 +18,7 @@ from benchmarks.race import Case, Race, Time, ratio
 from benchmarks.resnet import create_resnet
 from benchmarks.speed import row, suites
 from repvgg_jax import create_model
-from repvgg_jax.interop.torch import from_state_dict
+from repvgg_jax.interop.torch.state_dict import from_state_dict
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("repvgg_jax", "repvgg_a0", "deploy", 1, 32)

@@ -10,14 +10,14 @@ import pytest
 import repvgg_jax
 
 PACKAGE = Path(repvgg_jax.__file__).parent
-LEAVES = {"compilation_cache", "devices", "fields", "files", "terminal", "version"}
+LEAVES = {"preprocess", "compilation_cache", "devices", "fields", "files", "terminal", "version"}
 MAY_IMPORT = {
     "reparam": set(),
     "ops": set(),
     "transform": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "data": {"terminal"},
-    "interop": {"reparam", "ops", "models", "fields", "files", "terminal", "version"},
+    "interop": {"preprocess", "reparam", "ops", "models", "fields", "files", "terminal", "version"},
     "training": {"reparam", "ops", "models", "data", "interop"} | LEAVES,
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")

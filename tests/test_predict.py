@@ -18,9 +18,9 @@ import repvgg_jax
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.data import fit, read_image
 from repvgg_jax.data.sources.folder import load_folder
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
 from repvgg_jax.predict import find_images, main, predict, read_list
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.terminal import printable
 from tests.data.tiny_data import lock_directories
 from tests.random_variables import random_variables

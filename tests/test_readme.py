@@ -12,9 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from repvgg_jax import VARIANTS, create_model, fuse_model, summarize
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.predict import main as predict_command
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.training import command as command_module
 from repvgg_jax.training.command import fuse_command, train_command
 from tests.data.tiny_data import encode, noise, write_tfds

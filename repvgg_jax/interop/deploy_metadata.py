@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from repvgg_jax.fields import read_json, require_types, shown
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.version import VERSION
 
 FORMAT = "repvgg_jax deploy 1"

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
+from repvgg_jax.preprocess import Preprocess
 
 # The operators of the graph have the same meaning and the same attributes in all of them.
 OPSETS = range(11, 22)

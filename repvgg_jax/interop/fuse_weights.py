@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.files import require_writable
-from repvgg_jax.interop.preprocess import imagenet_preprocess
 from repvgg_jax.interop.safetensors import save_deploy
-from repvgg_jax.interop.weights_file import Weights, load_weights
+from repvgg_jax.interop.torch.weights_file import Weights, load_weights
 from repvgg_jax.models import RepVGG, fuse_model
 from repvgg_jax.models.variants import canonical_name
 from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import imagenet_preprocess
 from repvgg_jax.reparam import Agreement, assert_equivalent
 
 _IMAGES, _LARGEST_SIDE = 8, 512

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 from repvgg_jax.fields import read_object, require_types, shown
-from repvgg_jax.interop.preprocess import LARGEST_SIDE, Interpolation, Preprocess
-from repvgg_jax.interop.weights_file import load_weights
+from repvgg_jax.interop.torch.weights_file import load_weights
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.variants import canonical_name
+from repvgg_jax.preprocess import LARGEST_SIDE, Interpolation, Preprocess
 
 _PUBLISHED = (
     *(f"repvgg_{name}" for name in ("a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4")),
@@ -174,6 +174,5 @@ def _download(repository: str, name: str, revision: str, cache_dir: str | Path |
     except (LocalEntryNotFoundError, OSError) as error:
         raise ConnectionError(
             f"cannot fetch {name} of https://huggingface.co/{repository} ({type(error).__name__}), and it is not in "
-            "the cache: connect, or download it elsewhere and use repvgg_jax.interop.weights_file.load_weights(PATH, "
-            "VARIANT)"
+            "the cache: connect, or download it elsewhere and use repvgg_jax.interop.torch.load_weights(PATH, VARIANT)"
         ) from None

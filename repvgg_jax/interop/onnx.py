@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from repvgg_jax.interop.exportable import OPSET, OPSETS, require_exportable, require_opset
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.repvgg import BlockSetting
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.terminal import printable
 
 try:

@@ -16,8 +16,8 @@ import safetensors.numpy
 from repvgg_jax.fields import shown
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
+from repvgg_jax.preprocess import Preprocess
 
 # In the names of safetensors and of NumPy.
 _FLOATS = ("F16", "BF16", "F32", "F64", "float16", "bfloat16", "float32", "float64")

@@ -13,9 +13,9 @@ import numpy as np
 from jax import export
 
 from repvgg_jax.interop.exportable import require_exportable
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Preprocess
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -19,7 +19,7 @@ from repvgg_jax.devices import require_devices
 from repvgg_jax.files import require_writable
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.fuse_weights import fuse_weights
-from repvgg_jax.interop.weights_file import SUFFIXES
+from repvgg_jax.interop.torch.weights_file import SUFFIXES
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import fail, printable, run_command

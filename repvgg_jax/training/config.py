@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from repvgg_jax.fields import read_object, require_types
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.preprocess import Preprocess
 
 # Every config that was ever saved holds these; where one is lacking, its default would be another network.
 _ALWAYS = ("variant", "strides", "depths", "width_multiplier", "dataset", "image_size", "mean", "std")

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_jax.data import images
 from repvgg_jax.data.images import _draw_box, random_resized_crop
 from tests.data.tiny_data import noise
 
@@ -85,7 +86,7 @@ def test_every_place_in_which_a_box_fits_is_drawn():
 
 def test_the_ranges_are_those_of_the_paper_where_none_is_given(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "_draw_box", lambda *args: asked.append(args) or (0, 0, 1, 1))
+    monkeypatch.setattr(images, "_draw_box", lambda *args: asked.append(args) or (0, 0, 1, 1))
     random_resized_crop(noise(5, 6, 3), 4, np.random.default_rng(0))
     (((height, width, _, scale, ratio)),) = asked
     assert (height, width, scale, ratio) == (5, 6, (0.08, 1.0), (3 / 4, 4 / 3))

@@ -4,7 +4,7 @@ import json
 
 import safetensors.numpy
 
-from repvgg_jax.interop.torch import to_state_dict
+from repvgg_jax.interop.torch.state_dict import to_state_dict
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # As timm writes it, but for fields that say nothing of the network or its images.

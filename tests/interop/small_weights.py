@@ -3,7 +3,7 @@
 import numpy as np
 
 from repvgg_jax import create_model
-from repvgg_jax.interop.torch import to_state_dict
+from repvgg_jax.interop.torch.state_dict import to_state_dict
 from tests.random_variables import random_variables
 
 

@@ -9,8 +9,8 @@ import safetensors.numpy
 
 from repvgg_jax import create_model
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
-from repvgg_jax.interop.preprocess import Preprocess, imagenet_preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
+from repvgg_jax.preprocess import Preprocess, imagenet_preprocess
 from tests.random_variables import random_variables
 
 PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "dog"), "bicubic")

@@ -10,8 +10,8 @@ import pytest
 from repvgg_jax import create_model
 from repvgg_jax.interop.exportable import require_exportable
 from repvgg_jax.interop.onnx import to_onnx
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.stablehlo import to_stablehlo
+from repvgg_jax.preprocess import Preprocess
 
 PREPROCESS = Preprocess(32, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), None, tuple("abc"))
 WRITERS = pytest.mark.parametrize("write", [to_onnx, to_stablehlo])

@@ -11,7 +11,7 @@ from repvgg_jax import create_model, fuse_model
 from repvgg_jax.interop import fuse_weights as module
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.interop.torch import to_state_dict
+from repvgg_jax.interop.torch.state_dict import to_state_dict
 from repvgg_jax.predict import predict
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.training.command import _read_names, fuse_command

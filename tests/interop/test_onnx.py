@@ -13,7 +13,7 @@ import pytest
 
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.interop.onnx import OPSETS, load_onnx, to_onnx
-from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.reparam import EquivalenceError, agreement
 from tests.random_variables import random_images, random_variables
 

@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
+from repvgg_jax.preprocess import Preprocess
 from tests.random_variables import random_images, random_variables
 
 PREPROCESS = Preprocess(16, 3, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), 18, ("cat", "dog", "fish", "bird", "frog"), "bicubic")

@@ -11,8 +11,8 @@ import pytest
 from jax import export
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.preprocess import Preprocess
 from repvgg_jax.interop.stablehlo import load_stablehlo, to_stablehlo
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.reparam import EquivalenceError, agreement
 from tests.random_variables import random_images, random_variables
 

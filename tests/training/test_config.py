@@ -10,7 +10,7 @@ import pytest
 
 import repvgg_jax.training.config as config_module
 import repvgg_jax.training.presets as presets_module
-from repvgg_jax.interop.preprocess import Preprocess
+from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.training import PRESETS, TrainConfig
 
 

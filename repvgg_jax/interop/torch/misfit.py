@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from repvgg_jax.interop.torch_keys import Layout, expected_shapes
+from repvgg_jax.interop.torch.keys import Layout, expected_shapes
 from repvgg_jax.models import VARIANTS, RepVGG, create_model
 from repvgg_jax.models.blocks import SqueezeExcitePosition
 from repvgg_jax.terminal import printable

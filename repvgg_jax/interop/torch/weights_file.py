@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 import safetensors
 
-from repvgg_jax.interop.checkpoint import TOP, StateDict, find_state_dict
-from repvgg_jax.interop.tensors import is_finite
-from repvgg_jax.interop.torch import from_state_dict
+from repvgg_jax.interop.torch.entries import TOP, StateDict, find_state_dict
+from repvgg_jax.interop.torch.state_dict import from_state_dict
+from repvgg_jax.interop.torch.tensors import is_finite
 from repvgg_jax.models import RepVGG, create_model
 from repvgg_jax.models.variants import canonical_name
 from repvgg_jax.terminal import printable
@@ -115,7 +115,7 @@ def read_state_dict(path: str | os.PathLike[str], entry: str | None = None) -> d
     Args:
       path: of a `.safetensors` file, which needs no torch, or of one that `torch.save` wrote (`.pth`, `.pt`, `.bin`,
         `.tar`), which needs it. The latter is read with `weights_only=True`: code in it is refused, not run.
-      entry: which weights to take; see `repvgg_jax.interop.checkpoint.find_state_dict`, which also tells what was
+      entry: which weights to take; see `repvgg_jax.interop.torch.entries.find_state_dict`, which also tells what was
         taken.
 
     Returns:

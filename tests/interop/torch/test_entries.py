@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from repvgg_jax.interop.checkpoint import find_state_dict
-from repvgg_jax.interop.torch import from_state_dict
+from repvgg_jax.interop.torch.entries import find_state_dict
+from repvgg_jax.interop.torch.state_dict import from_state_dict
 from tests.interop.small_weights import small_model, small_state_dict
 
 PLAIN, AVERAGE = small_state_dict(seed=0), small_state_dict(seed=1)

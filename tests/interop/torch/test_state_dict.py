@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax import VARIANTS, create_model, fuse_model
-from repvgg_jax.interop.torch import from_state_dict, to_state_dict
-from repvgg_jax.interop.torch_keys import template
+from repvgg_jax.interop.torch.keys import template
+from repvgg_jax.interop.torch.state_dict import from_state_dict, to_state_dict
 from tests.golden.official import GOLDEN_NAMES, draw_images, draw_tensor, logits, state_dict_shapes
 from tests.random_variables import random_variables
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from repvgg_jax.interop.tensors import require_dense
+from repvgg_jax.interop.torch.tensors import require_dense
 
 # What `.` in --entry stands for: tensors that lie in the checkpoint itself, without a prefix.
 TOP = "."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.torch import from_state_dict, to_state_dict
+from repvgg_jax.interop.torch.state_dict import from_state_dict, to_state_dict
 from tests.random_variables import random_variables
 
 REASON = "timm and torch come with the extra: pip install -e '.[bench]'"

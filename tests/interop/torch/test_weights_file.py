@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.torch import from_state_dict, to_state_dict
-from repvgg_jax.interop.torch_keys import template
-from repvgg_jax.interop.weights_file import load_weights, read_state_dict
+from repvgg_jax.interop.torch.keys import template
+from repvgg_jax.interop.torch.state_dict import from_state_dict, to_state_dict
+from repvgg_jax.interop.torch.weights_file import load_weights, read_state_dict
 from tests.random_variables import random_variables
 
 VARIANT = "repvgg_a0"

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.interop.checkpoint import find_state_dict
-from repvgg_jax.interop.misfit import require_fit
-from repvgg_jax.interop.tensors import require_floating, to_numpy
-from repvgg_jax.interop.torch_keys import (
+from repvgg_jax.interop.torch.entries import find_state_dict
+from repvgg_jax.interop.torch.keys import (
     STEMS,
     Layout,
     by_path,
@@ -26,6 +24,8 @@ from repvgg_jax.interop.torch_keys import (
     to_torch_layout,
     torch_key,
 )
+from repvgg_jax.interop.torch.misfit import require_fit
+from repvgg_jax.interop.torch.tensors import require_floating, to_numpy
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
 
@@ -45,7 +45,7 @@ def from_state_dict(
     Args:
       model: in the form the state dict is of; its `num_classes` must be the state dict's, unless `head` is "reinit".
       state_dict: arrays or torch tensors by key, official or timm layout (recognised by its keys), or a checkpoint
-        around one, as `repvgg_jax.interop.checkpoint.find_state_dict` reads it: without the prefixes of wrappers,
+        around one, as `repvgg_jax.interop.torch.entries.find_state_dict` reads it: without the prefixes of wrappers,
         counters and optimizers. Where it holds several, a warning is logged that says which was taken.
       entry: which weights to take of a checkpoint, e.g. 'model' or 'ema'; the average where not given and there is one.
       head: "reinit" initialises the classifiers anew, whatever the state dict holds of them: to fine-tune on other
