@@ -2,9 +2,7 @@
 
 import sys
 
-from repvgg_jax.training.command import fuse_command
-from repvgg_jax.training.orbax_noise import quieten_orbax
+from repvgg_jax.cli.start import fuse
 
 if __name__ == "__main__":
-    quieten_orbax()
-    sys.exit(fuse_command(sys.argv[1:]))
+    sys.exit(fuse())

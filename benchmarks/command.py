@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import jax
 
-from repvgg_jax.terminal import fail, run_command
+from repvgg_jax.cli.output import fail, run_command
 
 
 def whole(text: str) -> int:

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from benchmarks.command import end_with, whole
 from repvgg_jax import create_model
-from repvgg_jax.devices import require_devices
+from repvgg_jax.cli.devices import require_devices
 
 HEADERS = ("form", "batch", "weights", "activations", "all")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.command import end_with, whole
-from repvgg_jax.devices import require_devices
+from repvgg_jax.cli.devices import require_devices
 
 
 def seconds(function, *operands) -> float:

@@ -19,11 +19,11 @@ from tabulate import tabulate
 
 from benchmarks.command import end_with, positive, whole
 from benchmarks.step import CHANNELS, Trainer, images_per_second
+from repvgg_jax.cli.devices import require_devices
+from repvgg_jax.cli.huge_pages import restart_with_huge_pages
 from repvgg_jax.data import Source, load_dataset, train_iterator
 from repvgg_jax.data.sources.memory import InMemory
-from repvgg_jax.devices import require_devices
 from repvgg_jax.training import PRESETS, TrainConfig
-from repvgg_jax.training.huge_pages import restart_with_huge_pages
 from repvgg_jax.training.steps import create_mesh, shard_batch
 
 HEADERS = ("data", "processes", "network", "batch", "pipeline alone", "step alone", "together", "of the slower")

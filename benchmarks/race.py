@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repvgg_jax.training.huge_pages import HUGE_PAGES
+from repvgg_jax.cli.huge_pages import HUGE_PAGES
 
 # Which module builds which peer; those of one module share a process.
 PEERS = {

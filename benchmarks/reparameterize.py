@@ -19,8 +19,8 @@ from tabulate import tabulate
 from benchmarks.command import end_with, whole
 from benchmarks.resnet import create_resnet
 from repvgg_jax import create_model, reparameterize
-from repvgg_jax.devices import require_devices
-from repvgg_jax.training.huge_pages import restart_with_huge_pages
+from repvgg_jax.cli.devices import require_devices
+from repvgg_jax.cli.huge_pages import restart_with_huge_pages
 
 HEADERS = ("network", "convs", "multiply-adds (10⁹)", "elements (10⁶)", "error, float64", "float32", "merged in (s)",
            "before (ms)", "after (ms)", "ratio")  # fmt: skip

@@ -157,7 +157,9 @@ def machine() -> dict[str, str]:
         ValueError: JAX cannot start.
     """
     # In a process of its own, for the competitors are to have the device.
-    script = "from repvgg_jax.devices import require_devices as d; print(d()[0].platform, d()[0].device_kind, sep='|')"
+    script = (
+        "from repvgg_jax.cli.devices import require_devices as d; print(d()[0].platform, d()[0].device_kind, sep='|')"
+    )
     asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if asked.returncode:
         raise ValueError((asked.stderr.strip() or "JAX cannot start").splitlines()[-1].removeprefix("ValueError: "))

@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 from tabulate import tabulate
 
 from benchmarks.command import end_with, positive, whole
-from repvgg_jax.devices import require_devices
+from repvgg_jax.cli.devices import require_devices
+from repvgg_jax.cli.huge_pages import restart_with_huge_pages
 from repvgg_jax.training import PRESETS, TrainConfig
-from repvgg_jax.training.huge_pages import restart_with_huge_pages
 from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.steps import (
     Batch,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.command import end_with
-from repvgg_jax.devices import require_devices
+from repvgg_jax.cli.devices import require_devices
 from repvgg_jax.models.partial_evaluation import split
 from repvgg_jax.ops import compiler_options, inference_on
 from repvgg_jax.ops.choose import LOWERINGS, choose

@@ -1,9 +1,23 @@
 """RepVGG in JAX/Flax: train three branches, infer one 3×3 convolution, exactly."""
 
-from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, reopen_model, summarize
-from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
-from repvgg_jax.transform import reparameterize
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from repvgg_jax.version import VERSION as __version__  # noqa: N811
+
+if TYPE_CHECKING:
+    from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, reopen_model, summarize
+    from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
+    from repvgg_jax.transform import reparameterize
+
+# Imported when they are asked for: a command decides how its process runs before JAX is loaded.
+_HOMES = {
+    "models": ("VARIANTS", "RepVGG", "compile_inference", "create_model", "fuse_model", "reopen_model", "summarize"),
+    "reparam": ("branch_rule", "first_match", "fuse", "fuse_with"),
+    "transform": ("reparameterize",),
+}
 
 __all__ = [
     "VARIANTS",
@@ -20,3 +34,14 @@ __all__ = [
     "reparameterize",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import importlib.metadata
 import os
@@ -38,6 +39,71 @@ def float32():
         yield
 
 
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="session")
+def tiny(data_dir):
+    """The digits preset, cut to a network and a schedule that train in seconds."""
+    from repvgg_jax.training import PRESETS
+
+    return dataclasses.replace(
+        PRESETS["digits"],
+        data_dir=data_dir,
+        depths=(1, 2, 1, 1),
+        width_multiplier=(0.25, 0.125, 0.0625, 0.0625),
+        strides=(1, 2, 1, 2, 1),
+        epochs=2,
+        warmup_epochs=0,
+        checkpoint_every=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A finished run of `tiny`; tests that change it copy it first."""
+    from repvgg_jax.training import train_and_evaluate
+
+    return train_and_evaluate(tiny, tmp_path_factory.mktemp("runs") / "finished")
+
+
+class BegunError(Exception):
+    """Has the state and the batch of a run's first step."""
+
+
+class FirstStep:
+    """In place of a compiled training step."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, state, batch):
+        raise BegunError(state, batch)
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Starts a run: (config, workdir) -> the state and the batch that its first step would be given."""
+    from repvgg_jax.training import loop, train_and_evaluate
+
+    def start(config, workdir):
+        with monkeypatch.context() as patch, pytest.raises(BegunError) as begun:
+            patch.setattr(loop, "make_train_step", lambda *_, **__: FirstStep())
+            train_and_evaluate(config, workdir)
+        state, batch = begun.value.args
+        # The step donates its state, and must not be given one array twice.
+        leaves = jax.tree.leaves(state)
+        assert len({leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+        return jax.device_get(state), jax.device_get(batch)
+
+    return start
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forgotten():
     """What a file compiled is dropped at its end: a worker that keeps all of it grows to several gigabytes."""
@@ -54,4 +120,5 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, or one worker would be left alone with them in the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("tests", "training", "interop"))
+    longest = {"cli", "training", "interop"}
+    items.sort(key=lambda item: item.path.parent.name != "tests" and longest.isdisjoint(item.path.parts))

@@ -12,8 +12,8 @@ from repvgg_jax.models import reopen_model
 from repvgg_jax.reparam import equivalent_kernels
 from repvgg_jax.training import PRESETS
 from repvgg_jax.training.augmentation import augment
-from repvgg_jax.training.residual import residual_start
-from repvgg_jax.training.whitening import whiten_stem
+from repvgg_jax.training.start.near_identity import residual_start
+from repvgg_jax.training.start.whitening import whiten_stem
 
 IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
 

@@ -12,11 +12,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from repvgg_jax import VARIANTS, create_model, fuse_model, summarize
+from repvgg_jax.cli import fuse as fuse_module
+from repvgg_jax.cli import train as train_module
+from repvgg_jax.cli.fuse import fuse_command
+from repvgg_jax.cli.predict import predict_command
+from repvgg_jax.cli.train import train_command
 from repvgg_jax.interop.safetensors import save_deploy
-from repvgg_jax.predict import main as predict_command
 from repvgg_jax.preprocess import Preprocess
-from repvgg_jax.training import command as command_module
-from repvgg_jax.training.command import fuse_command, train_command
 from tests.data.tiny_data import encode, noise, write_tfds
 from tests.interop.hub_cache import write_hub_cache
 from tests.random_variables import random_variables
@@ -75,7 +77,7 @@ TRAIN = [c for c in commands() if c[:2] == ["python", "train.py"]]
 
 @pytest.mark.parametrize("command", TRAIN, ids=" ".join)
 def test_the_train_commands_are_understood(command, workplace, monkeypatch, capsys):
-    monkeypatch.setattr(command_module, "train_and_evaluate", lambda config, workdir: None)
+    monkeypatch.setattr(train_module, "train_and_evaluate", lambda config, workdir: None)
     try:
         status = train_command(command[2:])
     except SystemExit as exit_:
@@ -107,7 +109,7 @@ FUSE = [c for c in commands() if c[:2] == ["python", "fuse.py"]]
 def test_the_fuse_commands_are_understood(command, tmp_path, monkeypatch):
     fused = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command_module, "fuse_run", lambda run, **options: fused.append(run))
+    monkeypatch.setattr(fuse_module, "fuse_run", lambda run, **options: fused.append(run))
     assert fuse_command(command[2:]) == 0
     assert fused == [Path("RUN_DIR")]
 

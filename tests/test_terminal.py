@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-import repvgg_jax.terminal
-from repvgg_jax.terminal import fail, one_line, printable, run_command
+import repvgg_jax
+from repvgg_jax.cli.output import fail, run_command
+from repvgg_jax.terminal import one_line, printable
 
-# The module alone: to import the package takes seconds.
 COMMAND = f"""
 import sys
-sys.path.insert(0, {str(Path(repvgg_jax.terminal.__file__).parent)!r})
-from terminal import run_command
+sys.path.insert(0, {str(Path(repvgg_jax.__file__).parents[1])!r})
+from repvgg_jax.cli.output import run_command
 
 def work(output):
     for number in range(20_000):

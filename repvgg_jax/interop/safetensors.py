@@ -16,6 +16,7 @@ import safetensors.numpy
 from repvgg_jax.fields import shown
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
+from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
 from repvgg_jax.preprocess import Preprocess
 
@@ -89,7 +90,9 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: expected a deploy.safetensors that fuse.py wrote")
+        raise FileNotFoundError(
+            f"{path} does not exist: expected the deploy.safetensors of a run, or one that {command('fuse')} wrote"
+        )
     if not path.is_file():
         raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'no file'}: expected a deploy.safetensors")
     with path.open("rb"):  # safetensors takes a file that may not be read for one that is missing
@@ -101,7 +104,7 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): write or copy it again") from None
     except ValueError as error:
         raise ValueError(
-            f"{path} is no deploy form that can be used: {error}; expected a file that `python fuse.py RUN_DIR` wrote"
+            f"{path} is no deploy form that can be used: {error}; expected a file that {command('fuse')} wrote"
         ) from None
 
 

@@ -1,10 +1,10 @@
 """Scripted training of RepVGG: configs, steps, loop, checkpoints, run reports."""
 
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.interruption import TerminatedError
 from repvgg_jax.training.loop import Result, TrainingDivergedError, train_and_evaluate
+from repvgg_jax.training.preemption import TerminatedError
 from repvgg_jax.training.presets import PRESETS
-from repvgg_jax.training.run_directory import fuse_run
+from repvgg_jax.training.run.directory import fuse_run
 
 __all__ = [
     "PRESETS",

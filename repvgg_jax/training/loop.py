@@ -19,19 +19,19 @@ from tqdm.auto import tqdm
 
 from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.checkpoints import Checkpoints, EpochMetrics
-from repvgg_jax.training.cluster import is_primary, on_primary, wait_for_all
-from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.data_record import DataRecord
-from repvgg_jax.training.figures import draw_confusion, draw_curves
-from repvgg_jax.training.initialization import require_same_network, start_from
-from repvgg_jax.training.interruption import Interruption, interruptions
-from repvgg_jax.training.lock import only_run_in
-from repvgg_jax.training.metrics import MetricsLog
+from repvgg_jax.training.distributed import is_primary, on_primary, wait_for_all
 from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from repvgg_jax.training.run_directory import finish, open_data, test_batches
-from repvgg_jax.training.run_path import run_directory
+from repvgg_jax.training.preemption import Interruption, interruptions
+from repvgg_jax.training.run.checkpoints import Checkpoints, EpochMetrics
+from repvgg_jax.training.run.comparison import Comparison
+from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.directory import finish, open_data, test_batches
+from repvgg_jax.training.run.lock import only_run_in
+from repvgg_jax.training.run.metrics_log import MetricsLog
+from repvgg_jax.training.run.paths import run_directory
+from repvgg_jax.training.run.plots import draw_confusion, draw_curves
+from repvgg_jax.training.start.warm_start import require_same_network, start_from
 from repvgg_jax.training.steps import (
     TrainState,
     abstract_batch,

@@ -8,13 +8,13 @@ import safetensors.numpy
 from PIL import Image
 
 from repvgg_jax import create_model, fuse_model
+from repvgg_jax.cli.fuse import _read_names, fuse_command
 from repvgg_jax.interop import fuse_weights as module
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.torch.state_dict import to_state_dict
 from repvgg_jax.predict import predict
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training.command import _read_names, fuse_command
 from tests.random_variables import random_images, random_variables
 
 pytestmark = pytest.mark.usefixtures("short_variants")
@@ -139,7 +139,7 @@ def test_a_list_of_names_of_another_length_is_refused(weights, tmp_path):
 
 
 def test_names_that_are_no_text_are_named_before_the_work(weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("repvgg_jax.training.command.fuse_weights", None)
+    monkeypatch.setattr("repvgg_jax.cli.fuse.fuse_weights", None)
     (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
     assert fuse_command([str(weights), "--variant", "repvgg_a0", "--class-names", str(tmp_path / "names.txt")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

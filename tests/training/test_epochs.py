@@ -10,8 +10,8 @@ import pytest
 
 from repvgg_jax.data import ImageDataset
 from repvgg_jax.training import TrainConfig, TrainingDivergedError, loop
-from repvgg_jax.training.checkpoints import Restored
-from repvgg_jax.training.interruption import Interruption, TerminatedError
+from repvgg_jax.training.preemption import Interruption, TerminatedError
+from repvgg_jax.training.run.checkpoints import Restored
 from repvgg_jax.training.steps import TrainState, create_mesh
 
 STEPS = 4

@@ -16,8 +16,8 @@ import pytest
 
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.steps import abstract_state, create_mesh
 
 ROOT = Path(__file__).parents[2]

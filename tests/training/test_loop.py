@@ -10,11 +10,12 @@ from PIL import Image
 
 from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainConfig, TrainingDivergedError, comparison, fuse_run, loop, train_and_evaluate
-from repvgg_jax.training.checkpoints import Checkpoints
-from repvgg_jax.training.figures import draw_confusion
-from repvgg_jax.training.initialization import start_from
-from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training import TrainConfig, TrainingDivergedError, fuse_run, loop, train_and_evaluate
+from repvgg_jax.training.run import comparison
+from repvgg_jax.training.run.checkpoints import Checkpoints
+from repvgg_jax.training.run.metrics_log import read_metrics
+from repvgg_jax.training.run.plots import draw_confusion
+from repvgg_jax.training.start.warm_start import start_from
 
 
 def test_a_run_directory_holds_all_that_is_promised(finished):

@@ -11,8 +11,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from repvgg_jax.training.checkpoints import Checkpoints, _checksum
-from repvgg_jax.training.metrics import MetricsLog
+from repvgg_jax.training.run.checkpoints import Checkpoints, _checksum
+from repvgg_jax.training.run.metrics_log import MetricsLog
 from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
 from tests.training.test_steps import CONFIG
 

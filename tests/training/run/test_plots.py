@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from repvgg_jax.training.class_labels import class_labels
-from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
+from repvgg_jax.training.run.class_labels import class_labels
+from repvgg_jax.training.run.plots import draw_confusion, draw_curves, draw_differences
 
 
 def is_a_picture(path):
@@ -60,7 +60,7 @@ def test_classes_of_any_name_are_drawn_without_a_warning(names, tmp_path):
 
 
 def test_a_name_that_no_font_at_hand_draws_is_shown_by_its_place(monkeypatch):
-    monkeypatch.setattr("repvgg_jax.training.class_labels._FONTS", ("DejaVu Sans", "no such font"))
+    monkeypatch.setattr("repvgg_jax.training.run.class_labels._FONTS", ("DejaVu Sans", "no such font"))
     labels, fonts = class_labels(["Katze", "猫", "кот", "Ba$$in", "a" * 40, "caf\udce9"])
     assert labels == ["Katze", "#1", "кот", "Ba$$in", "aaaaaaaaaaaaaaaa…aaaaaaa", r"caf\xe9"]
     assert fonts == ["DejaVu Sans"]
@@ -116,7 +116,7 @@ def test_the_users_settings_of_matplotlib_do_not_reach_the_pictures(tmp_path, mo
 def test_a_backend_that_matplotlib_does_not_know_stops_nothing(tmp_path):
     script = """
 import sys, repvgg_jax.training.loop
-from repvgg_jax.training.figures import draw_curves, draw_differences
+from repvgg_jax.training.run.plots import draw_curves, draw_differences
 import numpy as np
 draw_curves(sys.argv[1], [])
 draw_differences(sys.argv[1], np.zeros((5, 3)), 1.0)

@@ -14,9 +14,9 @@ from tabulate import tabulate
 
 from repvgg_jax.files import write_whole
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.comparison import Comparison
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.figures import draw_confusion, draw_curves, draw_differences
+from repvgg_jax.training.run.comparison import Comparison
+from repvgg_jax.training.run.plots import draw_confusion, draw_curves, draw_differences
 
 _EMA_NOTE = "The test figures and the deploy form are of the moving average of the variables, the training figures not."
 

@@ -1,65 +1,40 @@
-"""What `train.py` and `fuse.py` do with their command lines."""
+"""`repvgg-fuse`, or `python fuse.py`: fuse a run or PyTorch weights, verify, save, export."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import jax
 import tyro
 
-from repvgg_jax.compilation_cache import keep_compiled_programs
-from repvgg_jax.data import load_dataset
-from repvgg_jax.devices import require_devices
+from repvgg_jax.cli.exit_status import STATUSES, ExitStatus, guard
+from repvgg_jax.cli.header import start_jax
+from repvgg_jax.cli.output import Output
 from repvgg_jax.files import require_writable
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.fuse_weights import fuse_weights
 from repvgg_jax.interop.torch.weights_file import SUFFIXES
-from repvgg_jax.models import summarize
+from repvgg_jax.invocation import command
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.terminal import fail, printable, run_command
-from repvgg_jax.training.cluster import Cluster, is_primary
-from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.export import Format, describe, export_deploy, is_deploy_form, require_export
-from repvgg_jax.training.interruption import TerminatedError
-from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
-from repvgg_jax.training.presets import PRESETS
-from repvgg_jax.training.run_directory import DataMissingError, fuse_run
-from repvgg_jax.training.run_path import run_directory
+from repvgg_jax.terminal import printable
+from repvgg_jax.training.run.directory import DataMissingError, fuse_run
+from repvgg_jax.training.run.export import Format, describe, export_deploy, is_deploy_form, require_export
 
-_FAILED, _USAGE_ERROR = 1, 2
-# As the shell reports a process that the signal ended: schedulers take it for preempted and start the job again.
-_TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
-_FUSE_DESCRIPTION = (
+_DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
     "deploy.safetensors. Or fuse weights of the official PyTorch implementation or timm, and verify on images of "
     "noise. With --export, write ONNX and StableHLO files of the deploy form too, also of a deploy.safetensors alone. "
-    "Exits with 1 where the forms differ, with 2 where an argument is wrong or a file cannot be written."
+    + STATUSES
 )
-
 
 _Source = Literal["run", "weights", "deploy"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainArguments:
-    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
-    cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Cluster)
-    workdir: Path | None = None
-    """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
-    summary: bool = False
-    """Print the network's blocks in both forms (output shape, parameters, multiply-adds) and stop."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _FuseArguments:
+class _Arguments:
     source: tyro.conf.Positional[Path]
-    """Run directory that train.py wrote; a file of PyTorch weights, .safetensors, .pth, .pt, .bin or .tar; or, with
+    """Run directory of a training; a file of PyTorch weights, .safetensors, .pth, .pt, .bin or .tar; or, with
     --export, a deploy.safetensors."""
     check_only: bool = False
     """Verify without writing anything."""
@@ -87,72 +62,28 @@ class _FuseArguments:
     """Of weights: strides of the stem and of stage 1 to 4."""
 
 
-def train_command(arguments: list[str]) -> int:
-    """Run `train.py`.
-
-    Args:
-      arguments: an optional preset name (default 'digits'), then flags.
-
-    Returns:
-      The exit status: 0, 1 where training or the proof of equality failed, 2 for bad input, 130 and 143 where Ctrl-C
-      or SIGTERM stopped a run, which is saved.
-    """
-    preset = "digits"
-    if arguments and not arguments[0].startswith("-"):
-        preset, *arguments = arguments
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        message = f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}"
-        return run_command(lambda _: fail(message, _USAGE_ERROR))
-
-    def run() -> None:
-        parsed = tyro.cli(
-            _TrainArguments,
-            args=arguments,
-            default=_TrainArguments(PRESETS[preset]),
-            prog=f"train.py {preset}",
-            description=f"Train a RepVGG, fuse it, and prove the two forms equal. Presets: {', '.join(PRESETS)}; "
-            f"the defaults below are those of {preset!r}.",
-        )
-        if parsed.summary:
-            require_devices()
-            print(_summary(parsed.config))
-            return
-        if parsed.cluster.distributed and parsed.workdir is None:
-            raise ValueError("workdir is None: several processes need one --workdir that all of them see")
-        workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_directory(workdir)
-        parsed.cluster.join()
-        _keep_compiled_programs()
-        train_and_evaluate(parsed.config, workdir)
-        if is_primary():
-            shown = printable(str(workdir))
-            print(f"\nreport: {shown}/report.md\nweights: {shown}/deploy.safetensors")
-
-    return _guard(run, "name another --workdir or --data-dir")
-
-
 def fuse_command(arguments: list[str]) -> int:
-    """Run `fuse.py`; arguments and exit status as for `train_command`."""
+    """Run the command; its exit status is an `ExitStatus`."""
 
-    def run() -> None:
-        parsed = tyro.cli(_FuseArguments, args=arguments, prog="fuse.py", description=_FUSE_DESCRIPTION)
+    def run(_: Output) -> int:
+        parsed = tyro.cli(_Arguments, args=arguments, prog=command("fuse"), description=_DESCRIPTION)
         is_file = parsed.source.is_file() or (parsed.source.suffix in SUFFIXES and not parsed.source.is_dir())
         kind: _Source = "deploy" if is_deploy_form(parsed.source) else "weights" if is_file else "run"
         _require_fitting(parsed, kind)
-        _keep_compiled_programs()
+        start_jax()
         if kind == "weights":
             _fuse_weights(parsed)
         elif kind == "deploy":
             _export(parsed, parsed.source)
         else:
             _fuse_run(parsed)
+        return ExitStatus.DONE
 
-    return _guard(run, "see to its folder, permissions and room; of weights, --output names another file")
+    remedy = "see to its folder, permissions and room; of weights, --output names another file"
+    return guard(run, remedy=remedy, failures={EquivalenceError: ExitStatus.FAILED})
 
 
-def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
+def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
     """See that the arguments go together, and that none is given which says nothing about such a source."""
     source = parsed.source
     if kind == "weights" and not source.exists():
@@ -171,7 +102,7 @@ def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
         raise ValueError(f"image_size is {parsed.image_size}: expected at least 1")
     if kind == "weights" and parsed.variant is None:
         raise ValueError(f"variant is None: expected that of {source}, e.g. --variant repvgg_a0")
-    defaults = _FuseArguments(source)
+    defaults = _Arguments(source)
     of_run, of_weights = ("data_dir",), ("variant", "entry", "output", "class_names", "image_size", "strides")
     others = {"run": of_weights, "weights": of_run, "deploy": of_run + of_weights}[kind]
     given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
@@ -184,7 +115,7 @@ def _require_fitting(parsed: _FuseArguments, kind: _Source) -> None:
         raise ValueError(f"{source} is {found}: expected {', '.join(given)} with {other} alone")
 
 
-def _fuse_run(parsed: _FuseArguments) -> None:
+def _fuse_run(parsed: _Arguments) -> None:
     weights = parsed.source / "deploy.safetensors"
     try:
         fuse_run(
@@ -209,15 +140,15 @@ def _fuse_run(parsed: _FuseArguments) -> None:
         print(f"\nweights: {printable(str(weights))}")
 
 
-def _export(parsed: _FuseArguments, path: Path) -> None:
+def _export(parsed: _Arguments, path: Path) -> None:
     print(describe(export_deploy(path, parsed.export, with_preprocess=parsed.with_preprocess, opset=parsed.opset)))
 
 
-def _output(parsed: _FuseArguments) -> Path:
+def _output(parsed: _Arguments) -> Path:
     return parsed.output or parsed.source.with_suffix(".deploy.safetensors")
 
 
-def _fuse_weights(parsed: _FuseArguments) -> None:
+def _fuse_weights(parsed: _Arguments) -> None:
     output = _output(parsed)
     names = _read_names(parsed.class_names) if parsed.class_names else None
     if not parsed.check_only:
@@ -256,48 +187,3 @@ def _read_names(path: Path) -> list[str]:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): expected one class name a line") from None
     # Not `splitlines`, which takes other characters than line ends for line ends.
     return text.removesuffix("\n").split("\n")
-
-
-def _guard(run: Callable[[], None], remedy: str) -> int:
-    """The exit status of what runs, after one line for what stopped it, with the remedy for an error of the system.
-
-    Nobody has to read what it prints.
-    """
-
-    def guarded(_: object) -> int:
-        try:
-            run()
-        except (TrainingDivergedError, EquivalenceError) as error:
-            return fail(str(error), _FAILED)
-        except TerminatedError as error:
-            return fail(str(error), _TERMINATED)
-        except KeyboardInterrupt as error:
-            return fail(str(error) or "interrupted", _INTERRUPTED)
-        except (ValueError, OSError, ImportError) as error:
-            system = isinstance(error, OSError) and error.errno is not None
-            return fail(f"{error}{f'; {remedy}' if system else ''}", _USAGE_ERROR)
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return fail(f"{said}: where memory is short, lower --batch-size and --eval-batch-size", _FAILED)
-        return 0
-
-    return run_command(guarded)
-
-
-def _keep_compiled_programs() -> None:
-    require_devices()
-    kept = keep_compiled_programs()
-    if (kept.directory or kept.reason) and is_primary():
-        print(printable(str(kept)))
-
-
-def _summary(config: TrainConfig) -> str:
-    """The table of a config's network; the data set tells classes and channels where it is at hand."""
-    try:
-        dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
-        classes, channels, note = dataset.num_classes, dataset.channels, ""
-    except FileNotFoundError:
-        classes, channels = 1000, 3
-        note = f"\n\n{printable(config.dataset)} is not at hand: counted with {classes} classes and {channels} channels"
-    summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))
-    return f"{config.variant} on {config.image_size}×{config.image_size} images\n\n{summary}{note}"

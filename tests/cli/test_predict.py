@@ -16,10 +16,11 @@ from PIL import Image
 
 import repvgg_jax
 from repvgg_jax import create_model, fuse_model
+from repvgg_jax.cli.predict import list_images, predict_command, read_list
 from repvgg_jax.data import fit, read_image
 from repvgg_jax.data.sources.folder import load_folder
 from repvgg_jax.interop.safetensors import load_deploy, save_deploy
-from repvgg_jax.predict import find_images, main, predict, read_list
+from repvgg_jax.predict import predict
 from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.terminal import printable
 from tests.data.tiny_data import lock_directories
@@ -63,7 +64,7 @@ def expected(deployed, path):
 @pytest.mark.parametrize("batch_size", [2, 32])
 def test_predictions_are_those_of_the_deploy_form_whatever_the_batch(place, batch_size):
     deployed = load_deploy(place / "deploy.safetensors")
-    paths = find_images([str(place / "images")])
+    paths = list_images([str(place / "images")])
     assert len(paths) == 5
     predictions = list(predict(deployed, paths, top=3, batch_size=batch_size))
     assert [prediction.path for prediction in predictions] == paths
@@ -79,7 +80,7 @@ def test_a_folder_a_file_and_a_list_on_standard_input_are_all_taken(place, monke
     images = place / "images"
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{images / 'a.png'}\n\n{images / 'b.jpg'}\n"))
     weights = str(place / "deploy.safetensors")
-    assert main([weights, str(images / "more"), "-", str(images / "c.JPEG"), "--top", "2"]) == 0
+    assert predict_command([weights, str(images / "more"), "-", str(images / "c.JPEG"), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if not line.startswith(" ")]
     assert shown == [str(images / name) for name in ("more/d.png", "a.png", "b.jpg", "c.JPEG")]
@@ -90,13 +91,13 @@ def test_a_folder_a_file_and_a_list_on_standard_input_are_all_taken(place, monke
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(place, capsys):
     weights, good = str(place / "deploy.safetensors"), str(place / "images" / "a.png")
     bad = [str(place / "broken.jpg"), str(place / "absent.png")]
-    assert main([weights, *bad, good]) == 1
+    assert predict_command([weights, *bad, good]) == 1
     output = capsys.readouterr()
     assert output.out.splitlines()[0] == good
     assert len(output.out.splitlines()) == 6
     assert "broken.jpg: cannot be decoded" in output.err
     assert "absent.png" in output.err
-    assert main([weights, *bad, good, "--json"]) == 1
+    assert predict_command([weights, *bad, good, "--json"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ["error" in line for line in lines] == [True, True, False]
     assert sum(one["probability"] for one in lines[2]["classes"]) == pytest.approx(1, abs=1e-5)
@@ -114,7 +115,7 @@ def test_bad_input_is_refused_with_the_remedy(place, tmp_path, capsys):
         ([good, image, "--top", "0"], "top is 0: expected at least 1"),
         ([good], "no image is named"),
     ]:
-        assert main(arguments) == 2, arguments
+        assert predict_command(arguments) == 2, arguments
         assert message in capsys.readouterr().err
 
 
@@ -128,7 +129,7 @@ def test_the_module_runs_as_a_command(place):
 
 def test_predicting_needs_neither_tensorflow_nor_grain_nor_orbax():
     heavy = {"tensorflow", "tensorflow_datasets", "grain", "orbax"}
-    code = f"import sys, repvgg_jax.predict; print({heavy} & {{*sys.modules}})"
+    code = f"import sys, repvgg_jax.cli.predict; print({heavy} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
 
@@ -142,11 +143,11 @@ def test_a_reader_that_goes_away_ends_the_work_quietly(place, monkeypatch, capsy
     written = []
     monkeypatch.setattr(sys, "stdout", Unread())
     arguments = [str(place / "deploy.safetensors"), str(place / "broken.jpg"), str(place / "images")]
-    assert main([*arguments, "--batch-size", "1"]) == 1
+    assert predict_command([*arguments, "--batch-size", "1"]) == 1
     assert len(written) == 1
     assert capsys.readouterr().err.count("error:") == 1
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        predict_command(["--help"])
     assert ended.value.code == 0
 
 
@@ -156,7 +157,7 @@ def test_json_is_exact_in_every_encoding(place, tmp_path, encoding, monkeypatch)
     image.write_bytes((place / "images" / "a.png").read_bytes())
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert main([str(place / "deploy.safetensors"), str(image), "--json"]) == 0
+    assert predict_command([str(place / "deploy.safetensors"), str(image), "--json"]) == 0
     line = json.loads(stdout.buffer.getvalue().decode(encoding))
     assert line["path"] == str(image)
     assert {one["name"] for one in line["classes"]} == set(NAMES)
@@ -165,7 +166,10 @@ def test_json_is_exact_in_every_encoding(place, tmp_path, encoding, monkeypatch)
 def test_names_reach_the_terminal_as_text_alone(place, tmp_path, capsys):
     image = tmp_path / "a\x1b[2J\n  99.00 %  cat.png"
     image.write_bytes((place / "images" / "a.png").read_bytes())
-    assert main([str(place / "deploy.safetensors"), str(image), str(tmp_path / "no\x1b[2J.png"), "--top", "1"]) == 1
+    assert (
+        predict_command([str(place / "deploy.safetensors"), str(image), str(tmp_path / "no\x1b[2J.png"), "--top", "1"])
+        == 1
+    )
     output = capsys.readouterr()
     assert output.out.splitlines()[0] == rf"{tmp_path}/a\x1b[2J\n  99.00 %  cat.png"
     assert len(output.out.splitlines()) == 2
@@ -185,9 +189,9 @@ def test_an_error_names_its_image_once(place, tmp_path, capsys, monkeypatch, nam
     reason = {"n": "No such file or directory", "p": "is no regular file"}.get(
         image[0], "cannot be decoded as an image"
     )
-    assert main([str(place / "deploy.safetensors"), image]) == 1
+    assert predict_command([str(place / "deploy.safetensors"), image]) == 1
     assert capsys.readouterr().err.startswith(f"error: {printable(image)}: {reason}")
-    assert main([str(place / "deploy.safetensors"), image, "--json"]) == 1
+    assert predict_command([str(place / "deploy.safetensors"), image, "--json"]) == 1
     line = json.loads(capsys.readouterr().out)
     assert line["path"] == image
     assert line["error"].startswith(reason)
@@ -199,7 +203,7 @@ def test_a_jax_that_cannot_start_is_told_in_a_line(place, monkeypatch, capsys):
 
     monkeypatch.setattr(jax, "devices", fails)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert main([str(place / "deploy.safetensors"), str(place / "images")]) == 2
+    assert predict_command([str(place / "deploy.safetensors"), str(place / "images")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "JAX cannot start" in line
 
@@ -214,7 +218,7 @@ def test_a_directory_holds_the_images_that_training_finds_in_it(place, tmp_path)
     (tmp_path / "data" / "b" / "directory.png").mkdir()
     dataset = load_folder(tmp_path / "data")
     said = []
-    found = find_images([f"{tmp_path / 'data'}/"], say=said.append)
+    found = list_images([f"{tmp_path / 'data'}/"], say=said.append)
     assert found == sorted(dataset.train._files + dataset.test._files)
     assert len(found) == 6
     assert len(said) == 1
@@ -275,7 +279,7 @@ def test_a_directory_that_cannot_be_read_is_an_error_of_its_own(place, tmp_path,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((place / "images" / "a.png").read_bytes())
     lock_directories(monkeypatch)
-    good, locked = predict(load_deploy(place / "deploy.safetensors"), find_images([str(tmp_path)]))
+    good, locked = predict(load_deploy(place / "deploy.safetensors"), list_images([str(tmp_path)]))
     assert good.error is None
     assert (locked.path, locked.error) == (str(tmp_path / "locked"), "Permission denied")
 

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
+from repvgg_jax.cli.train import train_command
 from repvgg_jax.data import ImageDataset, train_iterator
-from repvgg_jax.training import TrainConfig, cluster, loop, run_directory, train_and_evaluate
-from repvgg_jax.training.cluster import on_primary
-from repvgg_jax.training.command import train_command
-from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training import TrainConfig, distributed, loop, train_and_evaluate
+from repvgg_jax.training.distributed import on_primary
+from repvgg_jax.training.run import directory
+from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.steps import create_mesh
-from tests.training.test_command import FINISHED as TINY
+from tests.cli.test_commands import FINISHED as TINY
 from tests.training.test_killed import FLAGS, ROOT, final_state
 
 
@@ -107,7 +108,7 @@ def as_process(monkeypatch):
             told.append(value)
         return told[-1]
 
-    monkeypatch.setattr(cluster.multihost_utils, "broadcast_one_to_all", tell)
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", tell)
 
     def become(index):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -140,12 +141,12 @@ def test_a_process_that_is_not_the_first_neither_tells_nor_writes_the_end_of_a_r
     class Alike:
         table, check = (lambda _: "the table"), (lambda _: None)
 
-    monkeypatch.setattr(run_directory, "fuse_and_compare", lambda *_: (None, None, Alike()))
+    monkeypatch.setattr(directory, "fuse_and_compare", lambda *_: (None, None, Alike()))
     arguments = (tmp_path, None, None, None, None, None)
-    run_directory.finish(*arguments, check_only=True)
+    directory.finish(*arguments, check_only=True)
     assert "the table" in capfd.readouterr().out
-    monkeypatch.setattr(run_directory, "is_primary", lambda: False)
-    assert isinstance(run_directory.finish(*arguments), Alike)
+    monkeypatch.setattr(directory, "is_primary", lambda: False)
+    assert isinstance(directory.finish(*arguments), Alike)
     assert "".join(capfd.readouterr()) == ""
     assert not list(tmp_path.iterdir())
 
@@ -190,7 +191,7 @@ def labels_read(config, dataset, monkeypatch):
     source, arguments = noted.value.args
     iterator = train_iterator(source, **arguments)
     training = [next(iterator)["label"].tolist() for _ in range(steps)]
-    test = [batch["label"][batch["mask"]].tolist() for batch in run_directory.test_batches(config, dataset)]
+    test = [batch["label"][batch["mask"]].tolist() for batch in directory.test_batches(config, dataset)]
     return training, test
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
+from repvgg_jax.invocation import command
 from repvgg_jax.terminal import one_line
-from repvgg_jax.training.cluster import is_primary, wait_for_all
-from repvgg_jax.training.metrics import read_metrics
-from repvgg_jax.training.run_path import plain_path
+from repvgg_jax.training.distributed import is_primary, wait_for_all
+from repvgg_jax.training.run.metrics_log import read_metrics
+from repvgg_jax.training.run.paths import plain_path
 from repvgg_jax.training.steps import TrainState
 
 EpochMetrics = list[dict[str, float]]
@@ -180,7 +181,7 @@ class Checkpoints:
                 )
             return Restored(state, data_state, epoch_metrics, list(failures))
         if not failures:
-            raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, python train.py")
+            raise FileNotFoundError(f"{self.directory} holds no checkpoint: train first, {command('train')}")
         newest, failure = next(iter(failures.items()))
         raise ValueError(
             f"none of the checkpoints in {self.directory} can be read (step {newest}: {self._said(failure)}): restore "

@@ -11,8 +11,8 @@ from repvgg_jax import create_model
 from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, train_and_evaluate
-from repvgg_jax.training.initialization import start_from
 from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.training.start.warm_start import start_from
 from repvgg_jax.training.steps import create_mesh, create_state
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, 
         start(finished.workdir / "deploy.safetensors")
     with pytest.raises(ValueError, match=r"expected a deploy\.safetensors, since reopen is given"):
         start(finished.workdir, reopen=True)
-    with pytest.raises(FileNotFoundError, match="expected a run directory that"):
+    with pytest.raises(FileNotFoundError, match="expected a run directory of repvgg-train"):
         start(tmp_path)
     with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, depths"):
         start(finished.workdir, width_multiplier=(0.25, 0.25, 0.0625, 0.0625))

@@ -17,10 +17,13 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import repvgg_jax.training.config as config_module
+from repvgg_jax.cli import train as train_module
+from repvgg_jax.cli.fuse import fuse_command
+from repvgg_jax.cli.train import train_command
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainConfig, command, fuse_run, run_directory, train_and_evaluate
-from repvgg_jax.training.command import fuse_command, train_command
-from repvgg_jax.training.data_record import DataRecord
+from repvgg_jax.training import TrainConfig, fuse_run, train_and_evaluate
+from repvgg_jax.training.run import directory
+from repvgg_jax.training.run.data_record import DataRecord
 
 TINY = "--depths 1 1 1 1 --width-multiplier 0.25 0.125 0.0625 0.0625 --strides 1 2 1 2 1 --epochs 1"
 # The config of the fixture `tiny`, as flags.
@@ -43,7 +46,7 @@ def test_training_by_flags_ends_with_the_table_and_a_run_directory(data_dir, tmp
 
 def test_without_a_workdir_a_run_is_named_by_preset_and_time(monkeypatch):
     seen = []
-    monkeypatch.setattr(command, "train_and_evaluate", lambda config, workdir: seen.append(workdir))
+    monkeypatch.setattr(train_module, "train_and_evaluate", lambda config, workdir: seen.append(workdir))
     assert train_command([]) == 0
     assert re.fullmatch(r"runs/digits-\d{8}-\d{6}", str(seen[0]))
 
@@ -195,14 +198,14 @@ def test_memory_that_is_short_is_told_in_a_line(error, monkeypatch, capsys, tmp_
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(command, "train_and_evaluate", fails)
+    monkeypatch.setattr(train_module, "train_and_evaluate", fails)
     assert train_command(["--workdir", str(tmp_path / "run")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("where memory is short, lower --batch-size and --eval-batch-size")
 
 
 def test_names_of_others_reach_the_terminal_as_text_alone(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "train_and_evaluate", lambda config, workdir: None)
+    monkeypatch.setattr(train_module, "train_and_evaluate", lambda config, workdir: None)
     assert train_command(["--workdir", str(tmp_path / "a\x1b[2J\nb")]) == 0
     assert f"report: {tmp_path}/a\\x1b[2J\\nb/report.md\n" in capsys.readouterr().out
     assert train_command(["--dataset", "folder:/no\x1b[2J\nerror: forged", "--workdir", str(tmp_path)]) == 0
@@ -239,10 +242,10 @@ def test_a_last_file_that_cannot_be_written_is_told_and_what_is_whole(
         raise error
 
     shutil.copytree(finished.workdir, tmp_path / "run")
-    monkeypatch.setattr(run_directory, function, full)
+    monkeypatch.setattr(directory, function, full)
     assert fuse_command([str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"{message}.* (is )?whole: make room or give permission, and run: python fuse.py ", line)
+    assert re.search(f"{message}.* (is )?whole: make room or give permission, and run: repvgg-fuse ", line)
 
 
 def test_a_run_of_odd_names_is_fused_and_started_from(tiny, finished, begin, tmp_path):

@@ -13,16 +13,17 @@ from jax.sharding import Sharding
 
 from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
+from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.ops import compiler_options
-from repvgg_jax.training.checkpoints import Checkpoints
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.data_record import DataRecord
 from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.residual import residual_start
-from repvgg_jax.training.run_path import run_directory
+from repvgg_jax.training.run.checkpoints import Checkpoints
+from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.paths import run_directory
+from repvgg_jax.training.start.near_identity import residual_start
+from repvgg_jax.training.start.whitening import whiten_stem
 from repvgg_jax.training.steps import abstract_state, create_mesh
-from repvgg_jax.training.whitening import whiten_stem
 
 
 class Origin(NamedTuple):
@@ -54,7 +55,7 @@ def find_origin(config: TrainConfig) -> Origin:
         )
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"init_from is {path}: expected a run directory that train.py wrote, with a config.json"
+            f"init_from is {path}: expected a run directory of {command('train')}, with a config.json"
         )
     earlier, record = TrainConfig.load(path / "config.json"), DataRecord.load(path)
     return Origin(earlier.create_model(len(record.class_names)), record.channels, earlier.mean, earlier.std)

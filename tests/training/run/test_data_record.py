@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from repvgg_jax.training.data_record import DataRecord
+from repvgg_jax.training.run.data_record import DataRecord
 
 RECORD = DataRecord(1437, 360, 1, ("no", "yes", "Ba$$in", "caf\udce9"))
 

@@ -12,14 +12,14 @@ import numpy as np
 import onnx
 import pytest
 
+from repvgg_jax.cli.fuse import fuse_command
 from repvgg_jax.data import normalize
 from repvgg_jax.interop import onnx as interop_onnx
 from repvgg_jax.interop.onnx import load_onnx
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.stablehlo import load_stablehlo
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training.command import fuse_command
-from repvgg_jax.training.export import _compare, _noise
+from repvgg_jax.training.run.export import _compare, _noise
 
 
 @pytest.fixture
@@ -140,19 +140,19 @@ def test_noise_differs_from_image_to_image(run, size, channels):
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(run, arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("repvgg_jax.training.run_directory.create_mesh", None)  # the work begins with it
+    monkeypatch.setattr("repvgg_jax.training.run.directory.create_mesh", None)  # the work begins with it
     fails([run, *arguments], message, capsys)
 
 
 def test_a_file_that_cannot_be_written_is_known_before_the_work(run, capsys, monkeypatch):
-    monkeypatch.setattr("repvgg_jax.training.run_directory.create_mesh", None)
+    monkeypatch.setattr("repvgg_jax.training.run.directory.create_mesh", None)
     (run / "deploy.stablehlo").mkdir()
     fails([run, "--export", "onnx", "stablehlo"], f"Is a directory: '{run / 'deploy.stablehlo'}'", capsys)
     assert not (run / "deploy.onnx").exists()
 
 
 def test_a_missing_runtime_is_known_before_the_work(run, capsys, monkeypatch):
-    monkeypatch.setattr("repvgg_jax.training.run_directory.create_mesh", None)
+    monkeypatch.setattr("repvgg_jax.training.run.directory.create_mesh", None)
     for module, name in (("onnxruntime", "onnx"), ("flatbuffers", "stablehlo")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
@@ -182,7 +182,7 @@ def test_no_room_for_the_last_file_keeps_the_others(run, capsys, monkeypatch):
 
 def test_normalised_noise_that_is_not_finite_proves_nothing(run, monkeypatch):
     deployed = load_deploy(run / "deploy.safetensors")
-    monkeypatch.setattr("repvgg_jax.training.export.normalize", lambda images, *_: images * jnp.nan)
+    monkeypatch.setattr("repvgg_jax.training.run.export.normalize", lambda images, *_: images * jnp.nan)
     with pytest.raises(EquivalenceError, match=r"nothing would be proven: .*images are not finite"):
         _compare(lambda images: images, None, deployed, _noise(deployed))
 

@@ -8,7 +8,7 @@ import pytest
 from repvgg_jax import create_model
 from repvgg_jax.models.blocks import RepVGGBlock
 from repvgg_jax.training import train_and_evaluate
-from repvgg_jax.training.residual import residual_start
+from repvgg_jax.training.start.near_identity import residual_start
 
 
 def after_blocks(count, scale):

@@ -26,3 +26,8 @@ def restart_with_huge_pages() -> None:
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         environment = {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def are_on() -> bool:
+    """Whether this process was started with `HUGE_PAGES`."""
+    return sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES

@@ -79,7 +79,7 @@ def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, clas
     """
     from matplotlib.figure import Figure
 
-    from repvgg_jax.training.class_labels import class_labels
+    from repvgg_jax.training.run.class_labels import class_labels
 
     together = -(-len(class_names) // _MOST_ROWS)
     classes = -(-len(class_names) // together)

@@ -6,10 +6,10 @@ import chex
 import jax
 import pytest
 
-from repvgg_jax.training.checkpoints import Checkpoints
-from repvgg_jax.training.run_path import plain_path, run_directory
+from repvgg_jax.training.run.checkpoints import Checkpoints
+from repvgg_jax.training.run.paths import plain_path, run_directory
 from repvgg_jax.training.steps import create_state
-from tests.training.test_checkpoints import CONFIG, setting
+from tests.training.run.test_checkpoints import CONFIG, setting
 
 ODD = ("lr=0.1,widths=[1,2]", "a?b*", "[!a]", "back\\slash", "gs:", "new\nline")
 

@@ -17,18 +17,19 @@ from repvgg_jax.data import ImageDataset, eval_batches, load_dataset, measure_no
 from repvgg_jax.files import require_writable
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.safetensors import save_deploy
+from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
-from repvgg_jax.training.checkpoints import Checkpoints
-from repvgg_jax.training.cluster import is_primary
-from repvgg_jax.training.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.data_record import DataRecord
-from repvgg_jax.training.export import Format, describe, export_deploy, require_export
-from repvgg_jax.training.initialization import find_origin
-from repvgg_jax.training.metrics import read_metrics
+from repvgg_jax.training.distributed import is_primary
 from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.report import write_report
-from repvgg_jax.training.run_path import run_directory
+from repvgg_jax.training.run.checkpoints import Checkpoints
+from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
+from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.export import Format, describe, export_deploy, require_export
+from repvgg_jax.training.run.metrics_log import read_metrics
+from repvgg_jax.training.run.paths import run_directory
+from repvgg_jax.training.run.report import write_report
+from repvgg_jax.training.start.warm_start import find_origin
 from repvgg_jax.training.steps import abstract_state, create_mesh, require_divisible
 
 
@@ -111,7 +112,7 @@ def finish(
     if check_only or not is_primary():
         return comparison
     weights = workdir / "deploy.safetensors"
-    remedy = f"make room or give permission, and run: python fuse.py {workdir}"
+    remedy = f"make room or give permission, and run: {command('fuse')} {workdir}"
     try:
         save_deploy(weights, config.variant, deploy_model, deploy_variables, config.preprocess(dataset.class_names))
     except (OSError, SafetensorError) as error:
@@ -135,7 +136,7 @@ def fuse_run(
     """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it, and export it.
 
     Args:
-      workdir: a directory that `train.py` wrote.
+      workdir: a run directory.
       data_dir: where the data set lies now, if it has moved; of a `folder:PATH` run, the new PATH.
       check_only: verify without writing.
       export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
@@ -154,14 +155,14 @@ def fuse_run(
     """
     workdir = run_directory(workdir)
     if not (workdir / "config.json").is_file():
-        raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory that train.py wrote")
+        raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory of {command('train')}")
     config = TrainConfig.load(workdir / "config.json")
     if data_dir is not None and config.dataset.startswith("folder:"):
         config = dataclasses.replace(config, dataset=f"folder:{data_dir}")
     elif data_dir is not None:
         config = dataclasses.replace(config, data_dir=data_dir)
     if not (workdir / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, python train.py")
+        raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, {command('train')}")
     weights = workdir / "deploy.safetensors"
     if not check_only:
         # What would stop the end is told before the work.

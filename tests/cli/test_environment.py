@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from repvgg_jax.training.huge_pages import HUGE_PAGES, restart_with_huge_pages
+from repvgg_jax.cli.huge_pages import HUGE_PAGES, restart_with_huge_pages
 
 COMPILE = """
 import jax
-from repvgg_jax.compilation_cache import keep_compiled_programs
+from repvgg_jax.cli.compilation_cache import keep_compiled_programs
 kept = keep_compiled_programs()
 print(kept.directory, ascii(kept.reason), sep="|")
 jax.jit(lambda x: x + 1)(0).block_until_ready()
@@ -16,7 +16,7 @@ print("computed")
 """
 RESTART = """
 import os
-from repvgg_jax.training.huge_pages import restart_with_huge_pages
+from repvgg_jax.cli.huge_pages import restart_with_huge_pages
 restart_with_huge_pages()
 print(os.getpid(), os.environ["GLIBC_TUNABLES"])
 """

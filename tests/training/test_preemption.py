@@ -5,11 +5,11 @@ import threading
 import chex
 import pytest
 
+from repvgg_jax.cli.train import train_command
 from repvgg_jax.training import loop, train_and_evaluate
-from repvgg_jax.training.command import train_command
-from repvgg_jax.training.interruption import TerminatedError, interruptions
-from repvgg_jax.training.lock import only_run_in
-from tests.training.test_command import TINY
+from repvgg_jax.training.preemption import TerminatedError, interruptions
+from repvgg_jax.training.run.lock import only_run_in
+from tests.cli.test_commands import TINY
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from repvgg_jax import fuse, fuse_model
+from repvgg_jax.cli.fuse import fuse_command
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training import comparison, fuse_run, run_directory
-from repvgg_jax.training.command import fuse_command
+from repvgg_jax.training import fuse_run
+from repvgg_jax.training.run import comparison, directory
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_directory_that_is_no_run_is_named(copy, missing, message):
 
 def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
     (copy / "metrics.jsonl").write_text("[1]\n[2]\n")
-    monkeypatch.delattr(run_directory, "open_data")
+    monkeypatch.delattr(directory, "open_data")
     with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is damaged \(\[1\] is no object\)"):
         fuse_run(copy)
 
@@ -121,7 +122,7 @@ def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
 def test_weights_that_cannot_be_written_are_told_before_the_work(copy, monkeypatch):
     (copy / "deploy.safetensors").unlink()
     (copy / "deploy.safetensors").mkdir()
-    monkeypatch.delattr(run_directory, "open_data")
+    monkeypatch.delattr(directory, "open_data")
     with pytest.raises(IsADirectoryError, match=r"deploy.safetensors"):
         fuse_run(copy)
 

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 
-from repvgg_jax.training import metrics
-from repvgg_jax.training.metrics import MetricsLog, read_metrics
+from repvgg_jax.training.run import metrics_log
+from repvgg_jax.training.run.metrics_log import MetricsLog, read_metrics
 
 LINE = {"epoch": 1, "step": 22, "train/loss": 2.0}
 
@@ -49,7 +49,7 @@ def test_tensorboard_on_a_full_disk_stops_nothing_and_is_given_up(failing, tmp_p
 
             return call
 
-    monkeypatch.setattr(metrics, "SummaryWriter", Board)
+    monkeypatch.setattr(metrics_log, "SummaryWriter", Board)
     with warnings.catch_warnings(record=True) as warned, MetricsLog(tmp_path) as log:
         warnings.simplefilter("always")
         log.write(LINE)

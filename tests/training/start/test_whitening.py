@@ -9,7 +9,7 @@ import pytest
 from repvgg_jax import create_model
 from repvgg_jax.data import load_dataset, normalize
 from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.whitening import whiten_stem
+from repvgg_jax.training.start.whitening import whiten_stem
 
 
 def digits(data_dir, count, channels):

@@ -1,0 +1,1 @@
+"""The commands `repvgg-train`, `repvgg-fuse` and `repvgg-predict`."""

@@ -1,0 +1,32 @@
+"""Where the commands begin: what must be settled before JAX is loaded, and then the command itself."""
+
+from __future__ import annotations
+
+import sys
+
+from repvgg_jax.cli.huge_pages import restart_with_huge_pages
+from repvgg_jax.cli.orbax_noise import quieten_orbax
+
+
+def train() -> int:
+    """Run `repvgg-train`, or `python train.py`, in a process with huge pages; return the exit status."""
+    restart_with_huge_pages()
+    from repvgg_jax.cli.train import train_command
+
+    quieten_orbax()
+    return train_command(sys.argv[1:])
+
+
+def fuse() -> int:
+    """Run `repvgg-fuse`, or `python fuse.py`; return the exit status."""
+    from repvgg_jax.cli.fuse import fuse_command
+
+    quieten_orbax()
+    return fuse_command(sys.argv[1:])
+
+
+def predict() -> int:
+    """Run `repvgg-predict`, or `python -m repvgg_jax.predict`; return the exit status."""
+    from repvgg_jax.cli.predict import predict_command
+
+    return predict_command(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""`repvgg-train`, or `python train.py`: train a RepVGG, fuse it, prove the two forms equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from repvgg_jax.cli.devices import require_devices
+from repvgg_jax.cli.exit_status import STATUSES, ExitStatus, guard
+from repvgg_jax.cli.header import start_jax
+from repvgg_jax.cli.output import Output
+from repvgg_jax.data import load_dataset
+from repvgg_jax.invocation import command
+from repvgg_jax.models import summarize
+from repvgg_jax.reparam import EquivalenceError
+from repvgg_jax.terminal import printable
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.distributed import Cluster, is_primary
+from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
+from repvgg_jax.training.preemption import TerminatedError
+from repvgg_jax.training.presets import PRESETS
+from repvgg_jax.training.run.paths import run_directory
+
+_FAILURES = {
+    TrainingDivergedError: ExitStatus.FAILED,
+    EquivalenceError: ExitStatus.FAILED,
+    TerminatedError: ExitStatus.TERMINATED,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Cluster)
+    workdir: Path | None = None
+    """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
+    summary: bool = False
+    """Print the network's blocks in both forms (output shape, parameters, multiply-adds) and stop."""
+
+
+def train_command(arguments: list[str]) -> int:
+    """Run the command.
+
+    Args:
+      arguments: an optional preset name (default 'digits'), then flags.
+
+    Returns:
+      The exit status, an `ExitStatus`; a run that Ctrl-C or SIGTERM stopped is saved.
+    """
+    return guard(partial(_train, arguments), remedy="name another --workdir or --data-dir", failures=_FAILURES)
+
+
+def _train(arguments: list[str], _: Output) -> int:
+    preset = "digits"
+    if arguments and not arguments[0].startswith("-"):
+        preset, *arguments = arguments
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}")
+    parsed = tyro.cli(
+        _Arguments,
+        args=arguments,
+        default=_Arguments(PRESETS[preset]),
+        prog=f"{command('train')} {preset}",
+        description=f"Train a RepVGG, fuse it, and prove the two forms equal. Presets: {', '.join(PRESETS)}; "
+        f"the defaults below are those of {preset!r}. {STATUSES}",
+    )
+    if parsed.summary:
+        require_devices()
+        print(_summary(parsed.config))
+        return ExitStatus.DONE
+    if parsed.cluster.distributed and parsed.workdir is None:
+        raise ValueError("workdir is None: several processes need one --workdir that all of them see")
+    workdir = parsed.workdir or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_directory(workdir)
+    parsed.cluster.join()
+    start_jax()
+    train_and_evaluate(parsed.config, workdir)
+    if is_primary():
+        shown = printable(str(workdir))
+        print(f"\nreport: {shown}/report.md\nweights: {shown}/deploy.safetensors")
+    return ExitStatus.DONE
+
+
+def _summary(config: TrainConfig) -> str:
+    """The table of a config's network; the data set tells classes and channels where it is at hand."""
+    try:
+        dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+        classes, channels, note = dataset.num_classes, dataset.channels, ""
+    except FileNotFoundError:
+        classes, channels = 1000, 3
+        note = f"\n\n{printable(config.dataset)} is not at hand: counted with {classes} classes and {channels} channels"
+    summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))
+    return f"{config.variant} on {config.image_size}×{config.image_size} images\n\n{summary}{note}"
