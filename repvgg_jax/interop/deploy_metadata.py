@@ -8,11 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from repvgg_jax.fields import read_json, require_types, shown
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.models.shapes import abstract_variables
 from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.version import VERSION
 
@@ -142,9 +140,7 @@ class DeployMetadata:
 
     def abstract_params(self) -> Any:
         """The tree of parameters of the network, as shapes and dtypes."""
-        images = jax.ShapeDtypeStruct((1, 32, 32, self.preprocess.channels), jnp.float32)
-        model = self.create_model()
-        return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"]
+        return abstract_variables(self.create_model(), self.preprocess.channels)["params"]
 
 
 def _read(strings: Mapping[str, str], name: str) -> Any:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.shapes import input_channels
 from repvgg_jax.preprocess import Preprocess
 
 # The operators of the graph have the same meaning and the same attributes in all of them.
@@ -59,7 +60,7 @@ def require_exportable(
             f"the weights take {size / 2**30:.2f} GiB in float32: expected less than 2, which is all that one ONNX or "
             "StableHLO file holds; safetensors holds more, and a smaller width_multiplier makes a smaller network"
         )
-    channels = int(np.shape(variables["params"]["stem"]["reparam"]["kernel"])[2])
+    channels = input_channels(variables)
     if preprocess is None:
         return channels
     if not len(preprocess.mean) == len(preprocess.std) == channels:

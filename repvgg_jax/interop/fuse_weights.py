@@ -16,6 +16,7 @@ from repvgg_jax.files import require_writable
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.interop.torch.weights_file import Weights, load_weights
 from repvgg_jax.models import RepVGG, fuse_model
+from repvgg_jax.models.shapes import input_channels
 from repvgg_jax.models.variants import canonical_name
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import imagenet_preprocess
@@ -83,7 +84,7 @@ def fuse_weights(
     names = [f"class {index}" for index in range(loaded.model.num_classes)] if class_names is None else class_names
     if len(names) != loaded.model.num_classes:
         raise ValueError(f"there are {len(names)} class names: expected {loaded.model.num_classes}, one for each logit")
-    channels = _channels(loaded)
+    channels = input_channels(loaded.variables)
     if output is not None and channels not in (1, 3):
         raise ValueError(
             f"{path} has a stem of {channels} channels: expected 1 (gray) or 3 (RGB), which images are read as. "
@@ -100,16 +101,10 @@ def fuse_weights(
     return FusedWeights(found, loaded.source)
 
 
-def _channels(weights: Weights) -> int:
-    stem = weights.variables["params"]["stem"]
-    convolution = stem["reparam"] if weights.model.deploy else stem["branch_3x3"]["conv"]
-    return int(convolution["kernel"].shape[2])
-
-
 def _prove(loaded: Weights, fused: tuple[RepVGG, Any], image_size: int) -> Agreement:
     # Sides of 512 pixels at most: what is wrong with a kernel is wrong everywhere, and larger ones fill the memory.
     side = min(image_size, _LARGEST_SIDE)
-    noise = np.random.default_rng(0).normal(size=(_IMAGES, side, side, _channels(loaded)))
+    noise = np.random.default_rng(0).normal(size=(_IMAGES, side, side, input_channels(loaded.variables)))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), loaded.variables)
         forms = (loaded.model.clone(param_dtype=jnp.float64), wide)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from repvgg_jax.models.shapes import differences
+
 _COLLECTIONS: dict[str, type[nnx.Variable[Any]]] = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
@@ -66,13 +68,10 @@ def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
     leaves = {
         tuple(str(entry.key) for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
     }
-    shapes = {path: jnp.shape(variable.get_value()) for path, variable in held.items()}
-    problems = [
-        f"{'/'.join(path)} is {jnp.shape(leaves[path]) if path in leaves else 'missing'}, expected "
-        f"{shapes.get(path, 'nothing')}"
-        for path in {**shapes, **leaves}
-        if path not in leaves or shapes.get(path) != jnp.shape(leaves[path])
-    ]
+    problems = differences(
+        {"/".join(path): jnp.shape(leaf) for path, leaf in leaves.items()},
+        {"/".join(path): jnp.shape(variable.get_value()) for path, variable in held.items()},
+    )
     if problems:
         raise ValueError(f"the variables are not those of this {type(module).__name__}:\n  " + "\n  ".join(problems))
     for path, variable in held.items():

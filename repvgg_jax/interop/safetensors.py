@@ -18,6 +18,7 @@ from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.shapes import differences, few
 from repvgg_jax.preprocess import Preprocess
 
 # In the names of safetensors and of NumPy.
@@ -130,20 +131,15 @@ def _require_fitting(metadata: DeployMetadata, tensors: Mapping[str, _Tensor]) -
         )
     template = metadata.abstract_params()
     expected = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    differing = [
-        f"{shown(name)} is {shown(found.get(name, 'missing'))}, expected {shown(expected.get(name, 'no such tensor'))}"
-        for name in sorted({*expected, *found})
-        if expected.get(name) != found.get(name)
-    ]
+    differing = differences({shown(name): tensor.shape for name, tensor in tensors.items()}, expected)
     if differing:
         raise ValueError(
             f"the tensors do not fit {metadata.variant}, depths {metadata.depths}, width_multiplier "
-            f"{metadata.width_multiplier}, {metadata.preprocess.channels} channels: {_few(differing, '; ')}"
+            f"{metadata.width_multiplier}, {metadata.preprocess.channels} channels: {few(differing)}"
         )
     others = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     if others:
-        raise ValueError(f"{_few(others, ', ')}: expected float32 (float16, bfloat16 and float64 become it)")
+        raise ValueError(f"{few(others, ', ')}: expected float32 (float16, bfloat16 and float64 become it)")
     return template
 
 
@@ -151,15 +147,10 @@ def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise ValueError(
-            f"values that are not finite in float32 are in {_few(broken, ', ')}: the training diverged or the file is "
+            f"values that are not finite in float32 are in {few(broken, ', ')}: the training diverged or the file is "
             "damaged"
         )
 
 
 def _name(path: Iterable[Any]) -> str:
     return ".".join(entry.key for entry in path)
-
-
-def _few(names: list[str], separator: str) -> str:
-    more = f"{separator}and {len(names) - 3} more" if len(names) > 3 else ""
-    return separator.join(names[:3]) + more

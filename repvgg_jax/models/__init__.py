@@ -1,9 +1,8 @@
 """RepVGG as flax.linen modules, in training form and deploy form, and the table of published networks."""
 
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
-from repvgg_jax.models.deploy import fuse_model
+from repvgg_jax.models.forms import fuse_model, reopen_model
 from repvgg_jax.models.inference import compile_inference
-from repvgg_jax.models.reopen import reopen_model
 from repvgg_jax.models.repvgg import PARTS, RepVGG
 from repvgg_jax.models.summary import Summary, summarize
 from repvgg_jax.models.variants import VARIANTS, Variant, create_model

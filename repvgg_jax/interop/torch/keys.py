@@ -9,14 +9,14 @@ Layouts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.shapes import abstract_variables
 
 Layout = Literal["official", "timm"]
 Path = tuple[str, ...]
@@ -115,7 +115,7 @@ def expected_shapes(model: RepVGG, layout: Layout, in_channels: int) -> dict[Pat
       layout: "official" or "timm".
       in_channels: of the images.
     """
-    leaves = by_path(template(model, in_channels)).items()
+    leaves = by_path(abstract_variables(model, in_channels)).items()
     # A broadcast zero has the shape and takes no memory.
     hollow = {path: np.broadcast_to(np.zeros(()), leaf.shape) for path, leaf in leaves}
     return {path: (torch_key(model, path, layout), to_torch_layout(path, leaf).shape) for path, leaf in hollow.items()}
@@ -124,19 +124,6 @@ def expected_shapes(model: RepVGG, layout: Layout, in_channels: int) -> dict[Pat
 def by_path(tree: Any) -> dict[Path, Any]:
     """The leaves of a tree of dicts by their path."""
     return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def template(model: RepVGG, in_channels: int) -> Any:
-    """Shapes and dtypes of a model's variables; to read, not to change."""
-    return _template(model, in_channels, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-
-
-@lru_cache
-def _template(model: RepVGG, in_channels: int, x64: bool) -> Any:
-    del x64  # without it, arrays of float64 are of float32
-    images = jax.ShapeDtypeStruct((1, 32, 32, in_channels), model.param_dtype)
-    init: Callable[..., Any] = lambda key, x: model.init(key, x, train=False)  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), images)
 
 
 def is_head(names: Path) -> bool:

@@ -20,13 +20,13 @@ from repvgg_jax.interop.torch.keys import (
     from_torch_layout,
     is_head,
     stem_keys,
-    template,
     to_torch_layout,
     torch_key,
 )
 from repvgg_jax.interop.torch.misfit import require_fit
 from repvgg_jax.interop.torch.tensors import require_floating, to_numpy
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.shapes import abstract_variables, differences, shapes_by_name
 from repvgg_jax.ops import compiler_options
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def from_state_dict(
     heads = {name for path, (name, _) in expected.items() if is_head(path)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     require_fit(model, layout, dict(expected.values()), shapes, heads, ignore_heads=head == "reinit")
-    variables = template(model, in_channels)
+    variables = abstract_variables(model, in_channels)
     fresh = _fresh_heads(model, in_channels, jax.random.key(0) if key is None else key) if head == "reinit" else {}
 
     def leaf(path: tuple[str, ...], like: Any) -> jax.Array:
@@ -105,13 +105,9 @@ def to_state_dict(model: RepVGG, variables: Mapping[str, Any], layout: Layout = 
         raise ValueError(f"unknown layout {layout!r}: expected 'official' or 'timm'")
     leaves = by_path({key: variables[key] for key in ("params", "batch_stats") if key in variables})
     stems = [np.shape(leaves[path]) for path in STEMS if path in leaves]
-    expected = by_path(template(model, in_channels=next((s[2] for s in stems if len(s) == 4), 3)))
-    problems = [
-        f"{'/'.join(path)} is {np.shape(leaves[path]) if path in leaves else 'missing'}, expected "
-        f"{expected[path].shape if path in expected else 'nothing'}"
-        for path in {**expected, **leaves}
-        if path not in leaves or path not in expected or np.shape(leaves[path]) != expected[path].shape
-    ]
+    expected = abstract_variables(model, next((s[2] for s in stems if len(s) == 4), 3))
+    found = {"/".join(path): np.shape(leaf) for path, leaf in leaves.items()}
+    problems = differences(found, shapes_by_name(expected))
     if problems:
         form = "deploy" if model.deploy else "training"
         raise ValueError(f"the variables are not those of this model ({form} form):\n  " + "\n  ".join(problems))

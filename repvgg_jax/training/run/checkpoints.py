@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from repvgg_jax.invocation import command
+from repvgg_jax.models.shapes import differences, few, shapes_by_name
 from repvgg_jax.terminal import one_line
 from repvgg_jax.training.distributed import is_primary, wait_for_all
 from repvgg_jax.training.run.metrics_log import read_metrics
@@ -220,21 +221,14 @@ class Checkpoints:
     def _require_same_network(self, step: int, template: TrainState) -> None:
         """Raise a ValueError where a checkpoint tells readably that it holds other arrays than the template."""
         try:
-            found = _shapes(ocp.PyTreeCheckpointHandler().metadata(self._shown / str(step) / "state").tree)
+            found = shapes_by_name(ocp.PyTreeCheckpointHandler().metadata(self._shown / str(step) / "state").tree)
         except Exception:  # it is damaged, and that is told as for any other
             return
-        expected = _shapes(_fields(template))
-        missing = "not there"
-        differing = [
-            f"{name} is {found.get(name, missing)}, by the config {expected.get(name, missing)}"
-            for name in sorted({*found, *expected})
-            if found.get(name) != expected.get(name)
-        ]
+        differing = differences(found, shapes_by_name(_fields(template)))
         if differing:
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(
                 f"{self.directory.parent / 'config.json'} and checkpoint {step} beside it do not belong together "
-                f"({'; '.join(differing[:3])}{more}): put back the config or the checkpoints of this run"
+                f"({few(differing)}): put back the config or the checkpoints of this run"
             )
 
     def _said(self, error: Exception) -> str:
@@ -255,9 +249,3 @@ def _checksum(fields: dict[str, Any], data_state: dict[str, Any], epoch_metrics:
         array = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
         value = zlib.crc32(array.view(np.uint8).data, value)
     return value
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of arrays by name, whatever kinds of nodes the tree has."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG, reopen_model
+from repvgg_jax.models.shapes import abstract_variables, differences, few, shapes_by_name
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.optimizer import create_optimizer
@@ -75,19 +75,13 @@ def require_same_network(config: TrainConfig, channels: int) -> None:
     if config.init_from is None:
         return
     origin = find_origin(config)
-    found = _shapes(origin.model, origin.channels)
-    expected = _shapes(config.create_model(num_classes=1), channels)
-    missing = "not there"
-    differing = [
-        f"{name} is {found.get(name, missing)}, expected {expected.get(name, missing)}"
-        for name in sorted({*found, *expected})
-        if found.get(name) != expected.get(name)
-    ]
+    differing = differences(
+        _shapes(origin.model, origin.channels), _shapes(config.create_model(num_classes=1), channels)
+    )
     if differing:
-        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
-            f"the network of {config.init_from} is another one ({'; '.join(differing[:3])}{more}): give variant, "
-            "depths and width_multiplier of that run, and images of as many channels"
+            f"the network of {config.init_from} is another one ({few(differing)}): give variant, depths and "
+            "width_multiplier of that run, and images of as many channels"
         )
 
 
@@ -163,9 +157,5 @@ def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> d
 
 def _shapes(model: RepVGG, channels: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's arrays by name, but for its heads."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    leaves = jax.tree_util.tree_leaves_with_path(
-        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
-    )
-    names = {tuple(entry.key for entry in path): leaf.shape for path, leaf in leaves}
-    return {"/".join(name): shape for name, shape in names.items() if "head" not in name}
+    found = shapes_by_name(abstract_variables(model, channels))
+    return {name: shape for name, shape in found.items() if "head" not in name.split("/")}

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 
 from repvgg_jax import create_model, fuse_model
-from repvgg_jax.interop.torch.keys import template
 from repvgg_jax.interop.torch.state_dict import from_state_dict, to_state_dict
 from repvgg_jax.interop.torch.weights_file import load_weights, read_state_dict
+from repvgg_jax.models.shapes import abstract_variables
 from tests.random_variables import random_variables
 
 VARIANT = "repvgg_a0"
@@ -71,7 +71,7 @@ def test_weights_of_another_variant_are_refused(published, tmp_path):
 )
 def test_the_variant_that_would_fit_is_named_in_a_few_lines(name, layout, deploy):
     model = create_model(name, num_classes=10, deploy=deploy)
-    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), template(model, 3))
+    hollow = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract_variables(model, 3))
     state_dict = to_state_dict(model, hollow, layout)
     with pytest.raises(ValueError) as error:
         from_state_dict(create_model(VARIANT, num_classes=10, deploy=deploy), state_dict)

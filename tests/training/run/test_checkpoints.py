@@ -172,10 +172,10 @@ def test_where_no_checkpoint_is_whole_the_newest_is_named(state, template, tmp_p
     [
         (
             dict(width_multiplier=(0.25, 0.25, 0.0625, 0.0625)),
-            r"stage2_block1/branch_1x1/bn/mean is \(16,\), by the config",
+            r"stage2_block1/branch_1x1/bn/mean is \(16,\), expected \(32,\)",
         ),
-        (dict(depths=(1, 1, 1, 1)), r"stage2_block2/.* by the config not there"),
-        (dict(ema_decay=0.9), r"ema/batch_stats/.* is not there, by the config"),
+        (dict(depths=(1, 1, 1, 1)), r"stage2_block2/.* expected nothing"),
+        (dict(ema_decay=0.9), r"ema/batch_stats/.* is missing, expected"),
     ],
 )
 def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, difference, state, tmp_path, capfd):
