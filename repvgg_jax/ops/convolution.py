@@ -15,6 +15,9 @@ from repvgg_jax.ops.materialize import materialize
 from repvgg_jax.ops.platform import by_platform, known_platform
 from repvgg_jax.ops.reverse_mode import reverse_mode_only
 
+# As `lax.conv_dimension_numbers` gives them: batch, channels, height and width of image, kernel and result.
+_NHWC_HWIO = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
 
 def conv_general_dilated(
     lhs: jax.Array,
@@ -79,7 +82,6 @@ def conv_general_dilated(
         precision,
         preferred_element_type,
     )
-    wanted = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
     if not (
         lhs.ndim == rhs.ndim == 4
         and lhs.dtype == rhs.dtype
@@ -87,7 +89,7 @@ def conv_general_dilated(
         and (rhs.shape[:2] in ((1, 1), (3, 3)) or feature_group_count == lhs.shape[3])
         and batch_group_count == 1
         and all(step == 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)[:3] == wanted[:3]
+        and tuple(lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers))[:3] == _NHWC_HWIO
     ):
         return xla()
     jax.eval_shape(xla)  # the same errors for wrong shapes

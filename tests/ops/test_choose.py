@@ -155,6 +155,7 @@ WIDE = (3, 3, 64, 64)
         ((8, 10, 10, 80), (3, 3, 5, 80), Window(padding=ONE, groups=16), {}, ("plain", "plain", "winograd_f4")),
         ((8, 2, 2, 80), (3, 3, 5, 80), Window(padding=ONE, groups=16), {}, ("im2col", "im2col", "winograd_f4")),
         ((8, 10, 10, 80), (3, 3, 5, 80), Window((2, 2), ONE, 16), {}, ("plain", "im2col", "im2col")),
+        ((64, 14, 14, 64), (2, 5, 64, 64), Window((2, 2), ONE), {}, ("plain",) * 3),  # more than 9 taps
         ((8, 8, 8, 16), (1, 1, 16, 16), Window((2, 2)), {}, ("pointwise",) * 3),
         ((8, 8, 8, 16), (3, 3, 1, 16), Window(padding=ONE, groups=16), {}, ("depthwise",) * 3),
     ],

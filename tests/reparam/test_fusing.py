@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model, fuse, fuse_model, reparameterize
-from repvgg_jax.reparam import equivalent_kernels
+from repvgg_jax.reparam import assert_equivalent, equivalent_kernels, first_divergence, fold_batch_norm
 from tests.random_variables import random_images, random_variables
 
 SHAPE = (2, 16, 16, 3)
@@ -202,6 +202,49 @@ def block(params=None, stats=None):
 def branch_stats(**leaves):
     leaves = {"mean": jnp.zeros(16), "var": jnp.ones(16), **leaves}
     return {"branch_3x3": {"bn": {key: value for key, value in leaves.items() if value is not None}}}
+
+
+def test_every_subtree_that_is_wrong_is_named_not_the_first_alone():
+    leaf = jnp.ones(2)
+    variables = {
+        "params": {"first": {"a": leaf}, "second": {"b": leaf}, **block()["params"]},
+        "batch_stats": {"first": leaf, "second": leaf, **block()["batch_stats"]},
+    }
+    with pytest.raises(ValueError, match=r"(?s)first: batch_stats hold an array here.*second: batch_stats hold an"):
+        fuse(variables)
+
+
+def test_where_nothing_is_fused_four_places_are_named_and_the_rest_is_an_ellipsis():
+    def heads(count):
+        return {"params": {f"head{number}": {"kernel": jnp.ones((2, 2))} for number in range(count)}}
+
+    shown = ", ".join(f"head{number}/kernel" for number in range(4))
+    with pytest.raises(ValueError, match=rf"among 4 parameters \({shown}\): "):
+        fuse(heads(4))
+    with pytest.raises(ValueError, match=rf"among 5 parameters \({shown}, …\): "):
+        fuse(heads(5))
+
+    def fused(count):
+        return {"params": {f"block{number}": {"reparam": {"kernel": jnp.ones(2)}} for number in range(count)}}
+
+    shown = ", ".join(f"block{number}" for number in range(4))
+    with pytest.raises(ValueError, match=f"'reparam' stands in {shown}; use it"):
+        fuse(fused(4))
+    with pytest.raises(ValueError, match=f"'reparam' stands in {shown}, …; use it"):
+        fuse(fused(5))
+
+
+def test_what_is_not_the_subject_of_a_function_is_named():
+    leaf = jnp.ones(2)
+    for call in (
+        lambda: fuse(block(), 1e-3),
+        lambda: equivalent_kernels(block(), 1e-3),
+        lambda: fold_batch_norm(jnp.ones((3, 3, 1, 2)), leaf, leaf, leaf, leaf, 1e-3),
+        lambda: first_divergence({"a": leaf}, {"a": leaf}, 1e-3),
+        lambda: assert_equivalent(leaf, leaf, 1e-3),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ COMBINATIONS = {
     "every second image before": case(lambda v, x: convolve(x[::2], v["full"]), 1),
     "every second pixel before": case(lambda v, x: convolve(x[:, ::2], v["point"], VALID), 1),
     "padded before": case(lambda v, x: convolve(pad(x, 1, 2, 1), v["full"]), 1),
+    "cropped at one end and padded at the other before": case(
+        lambda v, x: convolve(lax.pad(x, 0.0, [(0, 0, 0), (-1, 1, 0), (1, -1, 0), (0, 0, 0)]), v["full"]), 1
+    ),
     "padded and scaled before": case(lambda v, x: convolve(pad(x, 1, 2, 1) * v["scale"], v["full"], VALID), 1),
     "padded and shifted before": case(lambda v, x: convolve(pad(x, 1, 2, 1) + v["shift"], v["full"], VALID), 1),
     "padded before a transposed one": case(
@@ -269,6 +272,17 @@ COMBINATIONS = {
     "two taps, of no dilation that counts": case(
         lambda v, x: convolve(x, v["point"], NEXT, rhs_dilation=(3, 3)) + convolve(x, v["second"], rhs_dilation=(2, 2)),
         1,
+    ),
+    "one tap, and two dilated": case(
+        lambda v, x: convolve(x, v["point"]) + convolve(x, v["even"], ((0, 2), (0, 2)), rhs_dilation=(2, 2)), 1
+    ),
+    "two dilated taps beside three": case(
+        lambda v, x: convolve(x, v["full"]) + convolve(x, v["even"], ((1, 1), (1, 1)), rhs_dilation=(2, 2)), 2
+    ),
+    "dilated by three alike": case(
+        lambda v, x: convolve(x, v["full"], ((2, 4), (2, 4)), rhs_dilation=(3, 3)) + convolve(
+            x, v["other"], ((2, 4), (2, 4)), rhs_dilation=(3, 3)
+        ), 1,
     ),
     "dilated along one axis": case(
         lambda v, x: convolve(x, v["wide"], rhs_dilation=(1, 2)) + convolve(x, v["wide"]), 2
