@@ -22,7 +22,8 @@ from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.distributed import Cluster, is_primary
-from repvgg_jax.training.loop import TrainingDivergedError, train_and_evaluate
+from repvgg_jax.training.epoch import TrainingDivergedError
+from repvgg_jax.training.loop import train_and_evaluate
 from repvgg_jax.training.preemption import TerminatedError
 from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run.paths import run_directory

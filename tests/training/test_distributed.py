@@ -161,7 +161,7 @@ def test_a_run_of_another_config_is_refused_in_both_processes(tiny, as_process, 
     def train(*_):
         raise BegunError
 
-    monkeypatch.setattr(loop._Run, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     with pytest.raises(BegunError):
         train_and_evaluate(tiny, tmp_path / "run")
     config = dataclasses.replace(tiny, epochs=3)
@@ -187,11 +187,11 @@ def labels_read(config, dataset, monkeypatch):
     steps = len(dataset.train) // config.batch_size
     with monkeypatch.context() as patch, pytest.raises(ReadError) as noted:
         patch.setattr(loop, "train_iterator", note)
-        loop._Run(config, dataset, steps, create_mesh()).train(None, None)
+        loop.train(config, dataset, create_mesh(), None, None)
     source, arguments = noted.value.args
     iterator = train_iterator(source, **arguments)
     training = [next(iterator)["label"].tolist() for _ in range(steps)]
-    test = [batch["label"][batch["mask"]].tolist() for batch in directory.test_batches(config, dataset)]
+    test = [batch["label"][batch["mask"]].tolist() for batch in directory.evaluation_batches(config, dataset)]
     return training, test
 
 

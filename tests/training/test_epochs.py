@@ -4,15 +4,21 @@ import dataclasses
 import signal
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from repvgg_jax.data import ImageDataset
-from repvgg_jax.training import TrainConfig, TrainingDivergedError, loop
+from repvgg_jax.training import TrainConfig, TrainingDivergedError, loop, progress
+from repvgg_jax.training.epoch import summarize_epoch
+from repvgg_jax.training.evaluation import evaluate
 from repvgg_jax.training.preemption import Interruption, TerminatedError
+from repvgg_jax.training.progress import epoch_line
 from repvgg_jax.training.run.checkpoints import Restored
-from repvgg_jax.training.steps import TrainState, create_mesh
+from repvgg_jax.training.run.directory import evaluation_batches
+from repvgg_jax.training.run.plots import Pictures
+from repvgg_jax.training.steps import TrainState, create_mesh, make_eval_step
 
 STEPS = 4
 CONFIG = TrainConfig(
@@ -96,15 +102,13 @@ def train(tmp_path, monkeypatch):
             return CountingStep(each, loss, clock)
 
         monkeypatch.setattr(loop, "make_train_step", make_train_step)
+        monkeypatch.setattr(loop, "make_eval_step", lambda _, *settings: make_eval_step(FirstPixels(), *settings))
         monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(clock[0])))
-        for picture in ("draw_curves", "draw_confusion"):
-            monkeypatch.setattr(loop, picture, lambda *_: None)
-        mesh = create_mesh(loop.jax.devices()[:1])
-        run = loop._Run(config, dataset(), STEPS, mesh)
-        run.eval_step = loop.make_eval_step(FirstPixels(), config, mesh)
+        monkeypatch.setattr(Pictures, "draw", lambda *_: None)
         checkpoints = Saved(restored)
         start.saved = checkpoints.saved
-        return *run.train(tmp_path, checkpoints), checkpoints.saved
+        _, state, history = loop.train(config, dataset(), create_mesh(jax.devices()[:1]), tmp_path, checkpoints)
+        return state, history, checkpoints.saved
 
     return start
 
@@ -146,11 +150,10 @@ def test_evaluation_is_a_mean_over_records_and_not_over_batches(train):
 
 
 def test_labels_and_predictions_are_of_the_records_alone_and_by_the_average_where_there_is_one():
-    mesh = create_mesh(loop.jax.devices()[:1])
-    run = loop._Run(CONFIG, dataset(), STEPS, mesh)
-    run.eval_step = loop.make_eval_step(FirstPixels(), CONFIG, mesh)
+    mesh = create_mesh(jax.devices()[:1])
+    step = make_eval_step(FirstPixels(), CONFIG, mesh)
     for state, accuracy in ((initial(), 0.7), (initial().replace(ema={"params": jnp.float32(-1.0)}), 0.3)):
-        metrics, labels, predictions = run._evaluate(state)
+        metrics, labels, predictions = evaluate(step, state.eval_variables, evaluation_batches(CONFIG, dataset()), mesh)
         assert labels.tolist() == [number % 4 for number in range(10)]
         assert np.mean(labels == predictions) == pytest.approx(metrics["accuracy"])
         assert (metrics["accuracy"] > 0.5) == (accuracy > 0.5)
@@ -164,10 +167,9 @@ def test_an_epoch_is_evaluated_at_the_size_of_evaluation():
             seen.append(images.shape)
             return super().apply(variables, images, train=train)
 
-    mesh, config = create_mesh(loop.jax.devices()[:1]), dataclasses.replace(CONFIG, eval_image_size=12)
-    run = loop._Run(config, dataset(), STEPS, mesh)
-    run.eval_step = loop.make_eval_step(Seeing(), config, mesh)
-    run._evaluate(initial())
+    mesh, config = create_mesh(jax.devices()[:1]), dataclasses.replace(CONFIG, eval_image_size=12)
+    step = make_eval_step(Seeing(), config, mesh)
+    evaluate(step, initial().eval_variables, evaluation_batches(config, dataset()), mesh)
     assert seen == [(8, 12, 12, 1)]
 
 
@@ -200,7 +202,7 @@ def test_a_stopped_run_saves_its_place_and_goes_on_as_if_it_had_not_been(step, t
 
 @pytest.mark.parametrize(("every", "last"), [(1, 10), (2, 11)])
 def test_a_loss_that_is_not_finite_is_found_within_the_epoch_by_its_step(every, last, train, monkeypatch):
-    monkeypatch.setattr(loop, "_STEPS_BETWEEN_CHECKS", every)
+    monkeypatch.setattr("repvgg_jax.training.epoch._STEPS_BETWEEN_CHECKS", every)
     asked = stop_before(monkeypatch, None)
     message = r"the loss is nan at epoch 3, step 1; step 8 is saved. Lower learning_rate \(=0.1\)"
     with pytest.raises(TrainingDivergedError, match=message):
@@ -237,8 +239,8 @@ def test_a_network_that_the_last_update_broke_reaches_no_checkpoint(train, monke
 
 def test_means_leave_out_what_was_skipped_and_an_epoch_of_nothing_else_has_none():
     steps = [{"loss": 1.0, "accuracy": 0.5}, {"loss": 2.0, "accuracy": 1.0}]
-    assert loop._summarize(steps) == {"loss": 1.5, "accuracy": 0.75}
-    nothing = loop._summarize([{**step, "skipped": 1.0} for step in steps])
+    assert summarize_epoch(steps) == {"loss": 1.5, "accuracy": 0.75}
+    nothing = summarize_epoch([{**step, "skipped": 1.0} for step in steps])
     assert nothing.pop("loss") != nothing
     assert nothing == {"skipped": 2.0}
 
@@ -248,7 +250,8 @@ def test_a_process_that_is_not_the_first_writes_and_says_nothing(train, monkeypa
     assert (tmp_path / "metrics.jsonl").is_file()
     assert "epoch 5/5" in capfd.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(loop, "is_primary", lambda: False)
+    for module in (loop, progress):
+        monkeypatch.setattr(module, "is_primary", lambda: False)
     _, same_history, same_saved = train()
     assert same_history == history
     assert same_saved == saved  # Orbax writes each process's part.
@@ -258,6 +261,6 @@ def test_a_process_that_is_not_the_first_writes_and_says_nothing(train, monkeypa
 
 def test_an_epoch_is_told_in_a_line():
     line = {"epoch": 3, "train/loss": 1.23456, "train/accuracy": 0.5, "test/loss": 2.0, "test/accuracy": 0.98765}
-    assert loop._epoch_line({**line, "images_per_second": 12345.6}, 120) == (
+    assert epoch_line({**line, "images_per_second": 12345.6}, 120) == (
         "epoch   3/120  train loss 1.2346 accuracy 50.00 %  test loss 2.0000 accuracy 98.77 %  12,346 images/s"
     )

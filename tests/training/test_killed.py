@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.run.checkpoints import Checkpoints
-from repvgg_jax.training.steps import abstract_state, create_mesh
+from repvgg_jax.training.run.restore import restore
+from repvgg_jax.training.steps import create_mesh
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--depths 1 2 1 1 --width-multiplier 0.25 0.125 0.125 0.125 --epochs 40 --checkpoint-every 1 --ema-decay 0.9"
@@ -37,11 +35,7 @@ def start(workdir, data_dir, cache):
 
 
 def final_state(workdir):
-    config = TrainConfig.load(workdir / "config.json")
-    optimizer = create_optimizer(config, steps_per_epoch=1)
-    template = abstract_state(config.create_model(10), optimizer, config, 1, create_mesh(jax.devices()[:1]))
-    with Checkpoints(workdir) as checkpoints:
-        return jax.device_get(checkpoints.restore(template).state)
+    return jax.device_get(restore(workdir, create_mesh(jax.devices()[:1]))[1])
 
 
 def metrics(workdir):

@@ -11,7 +11,8 @@ from PIL import Image
 from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, TrainingDivergedError, fuse_run, loop, train_and_evaluate
-from repvgg_jax.training.run import comparison
+from repvgg_jax.training.epoch import summarize_epoch
+from repvgg_jax.training.run import comparison, plots
 from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.plots import draw_confusion
@@ -83,7 +84,7 @@ def test_the_pictures_of_an_unfinished_run_show_its_last_epoch(tiny, tmp_path, m
         drawn.append((len(labels), float(np.mean(labels == predictions)), class_names))
         draw_confusion(path, labels, predictions, class_names)
 
-    monkeypatch.setattr(loop, "draw_confusion", draw)
+    monkeypatch.setattr(plots, "draw_confusion", draw)
     stop_after_the_first_checkpoint(monkeypatch)
     with pytest.raises(StopError):
         train_and_evaluate(tiny, tmp_path / "run")
@@ -187,7 +188,7 @@ def test_a_finished_run_is_not_trained_again_where_a_kill_cut_off_a_line_either(
     def never(*_):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(loop._Run, "_train_epoch", never)
+    monkeypatch.setattr(loop, "watch", never)
     shutil.copytree(finished.workdir, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
@@ -272,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, t
 
 def test_steps_left_out_count_in_no_mean():
     metrics = [{"loss": 1.0, "skipped": 0.0}, {"loss": float("nan"), "skipped": 1.0}, {"loss": 3.0, "skipped": 0.0}]
-    assert loop._summarize(metrics) == {"loss": 2.0, "skipped": 1.0}
+    assert summarize_epoch(metrics) == {"loss": 2.0, "skipped": 1.0}
 
 
 def test_a_damaged_line_before_the_last_is_named(tmp_path):

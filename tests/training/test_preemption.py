@@ -8,7 +8,7 @@ import pytest
 from repvgg_jax.cli.train import train_command
 from repvgg_jax.training import loop, train_and_evaluate
 from repvgg_jax.training.preemption import TerminatedError, interruptions
-from repvgg_jax.training.run.lock import only_run_in
+from repvgg_jax.training.run.claim import only_run_in
 from tests.cli.test_commands import TINY
 
 

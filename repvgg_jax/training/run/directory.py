@@ -21,16 +21,15 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.distributed import is_primary
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.export import Format, describe, export_deploy, require_export
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.paths import run_directory
 from repvgg_jax.training.run.report import write_report
+from repvgg_jax.training.run.restore import restore
 from repvgg_jax.training.start.warm_start import find_origin
-from repvgg_jax.training.steps import abstract_state, create_mesh, require_divisible
+from repvgg_jax.training.steps import create_mesh, require_divisible
 
 
 class DataMissingError(FileNotFoundError):
@@ -63,7 +62,7 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
     return config, dataset
 
 
-def test_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
+def evaluation_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
     """A fresh pass over this process's share of the test split."""
     return eval_batches(
         dataset.test,
@@ -104,7 +103,7 @@ def finish(
       OSError: the weights or the report could not be written; what is whole is named.
     """
     deploy_model, deploy_variables, comparison = fuse_and_compare(
-        model, variables, lambda: test_batches(config, dataset), config, mesh
+        model, variables, lambda: evaluation_batches(config, dataset), config, mesh
     )
     if is_primary():
         print(comparison.table(), flush=True)
@@ -176,13 +175,10 @@ def fuse_run(
     except OSError as error:
         raise DataMissingError(f"the data set of {workdir} is not at hand: {error}") from error
     DataRecord.of(dataset).require(workdir)
-    model = config.create_model(dataset.num_classes)
-    optimizer = create_optimizer(config, steps_per_epoch=1)
-    with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(abstract_state(model, optimizer, config, dataset.channels, mesh)).state
+    model, state = restore(workdir, mesh)
     comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
     if not export:
         return comparison
-    batches = partial(test_batches, config, dataset)
+    batches = partial(evaluation_batches, config, dataset)
     print(describe(export_deploy(weights, export, batches, with_preprocess=with_preprocess, opset=opset)))
     return comparison

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _TRAIN, _TEST = "#7a869a", "#1f5fbf"
 # Of the confusion matrix. No picture shows more rows than it has pixels, and 20,000 classes squared take gigabytes.
 _MOST_ROWS = 1000
+_SECONDS_BETWEEN_PICTURES = 5.0
 
 _Draw = TypeVar("_Draw", bound=Callable[..., None])
 
@@ -126,6 +129,26 @@ def draw_differences(path: Path, differences: np.ndarray, max_reference: float) 
     axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+class Pictures:
+    """The pictures of a run while it trains, `curves.png` and `confusion.png`.
+
+    Args:
+      workdir: the run directory.
+      class_names: of the data set.
+    """
+
+    def __init__(self, workdir: Path, class_names: Sequence[str]):
+        self._workdir, self._class_names = workdir, class_names
+        self._drawn = -math.inf
+
+    def draw(self, history: list[dict[str, float]], labels: np.ndarray, predictions: np.ndarray) -> None:
+        """Draw them, unless it was done a few seconds ago: it takes half a second, and epochs can be short."""
+        if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PICTURES:
+            draw_curves(self._workdir / "curves.png", history)
+            draw_confusion(self._workdir / "confusion.png", labels, predictions, self._class_names)
+            self._drawn = time.perf_counter()
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +16,12 @@ from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.models.shapes import abstract_variables, differences, few, shapes_by_name
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.paths import run_directory
+from repvgg_jax.training.run.restore import restore
 from repvgg_jax.training.start.near_identity import residual_start
 from repvgg_jax.training.start.whitening import whiten_stem
-from repvgg_jax.training.steps import abstract_state, create_mesh
+from repvgg_jax.training.steps import create_mesh
 
 
 class Origin(NamedTuple):
@@ -109,7 +107,8 @@ def start_from(
     if config.reopen:
         found = _reopened(config, batch()["image"], jax.tree.leaves(variables)[0].sharding)
     else:
-        found = _evaluated(run_directory(str(config.init_from)))
+        mesh = create_mesh(jax.local_devices()[:1])
+        found = restore(run_directory(str(config.init_from)), mesh)[1].eval_variables
 
     def replace(fresh: jax.Array, found: jax.Array) -> jax.Array:
         if found.shape != fresh.shape:
@@ -131,17 +130,6 @@ def _changed(
         return variables
 
     return change(variables, batch()["image"] if config.whiten_stem else None)
-
-
-def _evaluated(run: Path) -> dict[str, Any]:
-    """The variables of a run's newest checkpoint."""
-    config, record = TrainConfig.load(run / "config.json"), DataRecord.load(run)
-    model = config.create_model(len(record.class_names))
-    optimizer = create_optimizer(config, steps_per_epoch=1)
-    mesh = create_mesh(jax.local_devices()[:1])
-    with Checkpoints(run) as checkpoints:
-        state = checkpoints.restore(abstract_state(model, optimizer, config, record.channels, mesh)).state
-    return state.eval_variables
 
 
 def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Taking a run directory: of one run, and by one process at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from repvgg_jax.data import ImageDataset
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.run.data_record import DataRecord
+
+_FIRST_FILES = ("dataset.json", "config.json", ".lock")
+
+
+def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
+    """Make a run directory, or see that the run in it has the same config and data.
+
+    Raises:
+      ValueError: the directory is another run's, or no directory; what differs is named.
+    """
+    path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file: name a new directory")
+    if workdir.is_symlink() and not workdir.exists():
+        raise ValueError(f"{workdir} is a link to {os.readlink(workdir)}, which is not there: name a directory")
+    if not path.exists():
+        # A run that was killed while it made the directory leaves the first of these.
+        if workdir.exists() and any(not entry.name.startswith(_FIRST_FILES) for entry in workdir.iterdir()):
+            raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
+        workdir.mkdir(parents=True, exist_ok=True)
+        DataRecord.of(dataset).save(workdir)
+        config.save(path)
+        return
+    DataRecord.of(dataset).require(workdir)
+    earlier = dataclasses.asdict(TrainConfig.load(path))
+    # Where the data lie is no part of the result.
+    moved = {"data_dir"}
+    if earlier["dataset"].startswith("folder:") and config.dataset.startswith("folder:"):
+        moved.add("dataset")
+    differing = [
+        f"{name} was {earlier[name]}, is {value}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in moved and earlier[name] != value
+    ]
+    if differing:
+        raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differing)}): name a new directory")
+
+
+@contextmanager
+def only_run_in(workdir: Path) -> Iterator[None]:
+    """Hold a run directory for this process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+      workdir: the run directory; it exists.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    try:
+        with FileLock(workdir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"another process is training in {workdir}: wait for it, stop it, or name another directory"
+        ) from None
