@@ -133,7 +133,7 @@ def medians(convolution, directions, kernel_ahead):
 
 
 def main():
-    """Prints the table of the groups of convolutions whose title holds what is asked for."""
+    """Print the table of the groups of convolutions whose title holds what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("filter", nargs="?", default="", metavar="FILTER", help="part of the title of a group")
     wanted = parser.parse_args().filter

@@ -30,7 +30,7 @@ class Source(Protocol):
 
 
 def read_records(source: Source, indices: Sequence[int]) -> Sequence[Record]:
-    """Reads several records, in one call where the source offers `__getitems__`."""
+    """Read several records, in one call where the source offers `__getitems__`."""
     read_many = getattr(source, "__getitems__", None)
     return [source[i] for i in indices] if read_many is None else read_many(indices)
 

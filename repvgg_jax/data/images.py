@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> np.ndarray:
-    """Decodes an image and turns it upright, as its EXIF orientation says.
+    """Decode an image and turns it upright, as its EXIF orientation says.
 
     Palettes, alpha, CMYK and 16 bits per channel are converted: alpha is dropped and 16 bits keep their upper 8. Of
     several pictures in one file (animations, pages) the first is taken. Files end after at most 512 MiB, pictures
@@ -89,7 +89,7 @@ def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> 
 
 
 def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Converts uint8 `(H, W, C)` between grey (1) and RGB (3), by luma or by repetition."""
+    """Convert uint8 `(H, W, C)` between grey (1) and RGB (3), by luma or by repetition."""
     mode = _mode(channels)
     if image.shape[-1] == channels:
         return image
@@ -154,7 +154,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Crops a random box and resizes it (bilinear, antialiased) to a square.
+    """Crop a random box and resize it (bilinear, antialiased) to a square.
 
     Args:
       image: uint8 `(H, W, C)`.

@@ -7,7 +7,7 @@ from repvgg_jax.data.sources.folder import load_folder
 
 
 def load_dataset(name: str, *, data_dir: str | None = None, seed: int = 0) -> ImageDataset:
-    """Opens a data set.
+    """Open a data set.
 
     Args:
       name: `digits` (comes with scikit-learn, written to `data_dir` on first use), `folder:PATH` (see

@@ -13,7 +13,7 @@ from repvgg_jax.data.pipeline import ReadBatch, read_options
 def measure_normalization(
     source: Source, *, image_size: int, channels: int, limit: int = 10_000
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Measures mean and standard deviation of the pixels, by channel, in units of [0, 1].
+    """Measure mean and standard deviation of the pixels, by channel, in units of [0, 1].
 
     Args:
       source: records to read.

@@ -30,7 +30,7 @@ def train_iterator(
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """Yields shuffled training batches without end.
+    """Yield shuffled training batches without end.
 
     Every epoch draws a new permutation of all records and has exactly
     `len(source) // (batch_size * num_shards)` steps. Batches never mix epochs: the last
@@ -100,7 +100,7 @@ def eval_batches(
     eval_resize: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yields every record once, in order, in batches of one shape.
+    """Yield every record once, in order, in batches of one shape.
 
     All shards yield the same number of batches, `ceil(len(source) / (batch_size * num_shards))`, and
     shard i reads the records i, i + num_shards, …; what is missing from the last batch is zeros with a
@@ -141,7 +141,7 @@ class ReadBatch:
     resize: int | None = None
 
     def __call__(self, indices: np.ndarray) -> Batch:
-        """Returns `{"image": uint8 (N, S, S, C), "label": int32 (N,)}`."""
+        """Return `{"image": uint8 (N, S, S, C), "label": int32 (N,)}`."""
         if isinstance(self.source, InMemory):
             images, labels = self.source.gather(indices)
             if images.shape[1:] != (self.image_size, self.image_size, self.channels) or self.resize:
@@ -165,7 +165,7 @@ class ReadCrop:
     channels: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        """Returns `{"image": uint8 (S, S, C), "label": int32 ()}`."""
+        """Return `{"image": uint8 (S, S, C), "label": int32 ()}`."""
         record = self.source[index]
         image = random_resized_crop(convert_channels(record["image"], self.channels), self.image_size, rng)
         return {"image": image, "label": np.asarray(record["label"], np.int32)}

@@ -5,7 +5,7 @@ from jax import lax
 
 
 def varying_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Returns the arrays, each varying along every mesh axis along which one of them does.
+    """Return the arrays, each varying along every mesh axis along which one of them does.
 
     Custom gradients must have the types of what they are gradients of. Where a kernel is the same on all devices and
     the images are not, its gradient differs by device, and the transpose of this function sums it over them.

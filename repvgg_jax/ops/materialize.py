@@ -25,5 +25,5 @@ def _walled(x: jax.Array) -> jax.Array:
 
 
 def materialize(x: jax.Array) -> jax.Array:
-    """Returns `x`, written to memory once for all its readers where the program is lowered for CPU."""
+    """Return `x`, written to memory once for all its readers where the program is lowered for CPU."""
     return by_platform(x, cpu=_walled, default=lambda x: x)

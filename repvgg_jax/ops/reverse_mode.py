@@ -15,7 +15,7 @@ _MESSAGE = (
 
 
 def reverse_mode_only(x: jax.Array) -> jax.Array:
-    """Returns `x`, and raises a TypeError with the remedy where it is differentiated in forward mode.
+    """Return `x`, and raises a TypeError with the remedy where it is differentiated in forward mode.
 
     The custom gradients behind it would end in an error of JAX, which knows of no remedy. Reverse mode goes through.
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:
-    """Pads with zeros on every side, then crops each image back to its size at its own random offset.
+    """Pad with zeros on every side, then crops each image back to its size at its own random offset.
 
     Args:
       key: random key.
@@ -75,7 +75,7 @@ def alternating_flip(images: jax.Array, *, epoch: jax.Array | int) -> jax.Array:
 
 
 def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
-    """Sets one square of each image to zero; after `normalize`, zero is the channel mean.
+    """Set one square of each image to zero; after `normalize`, zero is the channel mean.
 
     The centre is drawn uniformly over the pixels, so the square may lie partly outside (DeVries & Taylor, *Improved
     Regularization of Convolutional Neural Networks with Cutout*, arXiv:1708.04552).
@@ -146,7 +146,7 @@ def grey(images: jax.Array) -> jax.Array:
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Computes `(images / 255 - mean) / std` in float32 and casts the result.
+    """Compute `(images / 255 - mean) / std` in float32 and casts the result.
 
     Args:
       images: `(…, C)`, values in 0..255.

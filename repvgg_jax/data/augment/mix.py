@@ -50,7 +50,7 @@ def cutmix_weights(key: jax.Array, size: tuple[int, int], *, alpha: float) -> ja
 
 
 def mix(images: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Blends every image, and its target, with the next of the batch.
+    """Blend every image, and its target, with the next of the batch.
 
     Args:
       images: `(B, H, W, C)`, floating point.

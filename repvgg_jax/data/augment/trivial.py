@@ -21,7 +21,7 @@ _MOST_DEGREES = 135.0
 
 
 def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Applies to each image one operation of `OPERATIONS`.
+    """Apply to each image one operation of `OPERATIONS`.
 
     Shapes are static, so every image pays for all operations and keeps one: 512 images of 32×32 pixels took 70 to
     130 ms on two CPU cores.
@@ -105,7 +105,7 @@ def _equalize(image: jax.Array, strength: jax.Array, sign: jax.Array) -> jax.Arr
 
 
 def _warp(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
-    """Takes each pixel from matrix · (its place from the centre) + shift, in (row, column) order."""
+    """Take each pixel from matrix · (its place from the centre) + shift, in (row, column) order."""
     height, width, _ = image.shape
     centre = (jnp.array([height, width]) - 1) / 2
     places = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1) - centre[None, None]

@@ -64,7 +64,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_digits(data_dir: str | os.PathLike[str] | None) -> None:
-    """Writes the digits into `data_dir` in the TFDS layout, unless they are there; takes about a second.
+    """Write the digits into `data_dir` in the TFDS layout, unless they are there; takes about a second.
 
     An interrupted run leaves nothing that would be read: TFDS writes beside the final directory and
     renames at the end.
@@ -88,7 +88,7 @@ def _png(image: np.ndarray) -> io.BytesIO:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from printing, logging and drawing progress bars."""
+    """Keep TFDS from printing, logging and drawing progress bars."""
     logger, bars = logging.getLogger("absl"), tqdm_utils._active
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ _NAMES_SHOWN = 10
 
 
 def load_folder(path: str | os.PathLike[str], *, seed: int = 0) -> ImageDataset:
-    """Reads images from a directory; images are RGB, labels follow the sorted class names.
+    """Read images from a directory; images are RGB, labels follow the sorted class names.
 
     Two layouts: `PATH/train/CLASS/` with `PATH/test/CLASS/` (or `validation`, or `val`: the first that has
     directories of the classes in train), and `PATH/CLASS/`, of which a fifth of each class, at least one image, is

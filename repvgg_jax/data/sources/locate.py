@@ -54,7 +54,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 
 
 def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
-    """Finds the directory of a prepared data set, without importing its builder.
+    """Find the directory of a prepared data set, without importing its builder.
 
     Args:
       name: `NAME[/CONFIG][:VERSION]`; the newest matching version is taken. The config may be left out

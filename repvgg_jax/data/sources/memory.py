@@ -12,7 +12,7 @@ MEMORY_LIMIT = 512 * 2**20
 
 
 def keep_if_small(source: Source, image_shape: tuple[int, int] | None, channels: int) -> Source:
-    """Wraps `source` in `InMemory` where its images share one size and take at most 512 MiB."""
+    """Wrap `source` in `InMemory` where its images share one size and take at most 512 MiB."""
     if image_shape is None or len(source) * image_shape[0] * image_shape[1] * channels > MEMORY_LIMIT:
         return source
     return InMemory(source, (*image_shape, channels))
@@ -32,7 +32,7 @@ class InMemory:
         self._known = np.zeros(len(self.source), bool)
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads records: uint8 images `(N, H, W, C)` and int32 labels `(N,)`."""
+        """Read records: uint8 images `(N, H, W, C)` and int32 labels `(N,)`."""
         missing = indices[~self._known[indices]]
         # Two threads may decode the same record; they then write the same bytes.
         for index, record in zip(missing, read_records(self.source, missing.tolist()), strict=True):

@@ -16,7 +16,7 @@ from repvgg_jax.data.sources.memory import keep_if_small
 
 
 def load_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
-    """Opens a prepared TFDS data set with an `image` and a `label`.
+    """Open a prepared TFDS data set with an `image` and a `label`.
 
     The test split is `test`, or `validation` where there is no `test` or it carries no labels (label -1,
     as in `imagenet2012`). Images that share one size and take at most 512 MiB are decoded only once.

@@ -205,7 +205,7 @@ def _canonical(parameters: dict[str, Any]) -> str:
 
 
 def _bind(equation: Any, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Computes in float64 where the primitive can, else in the dtypes of the program."""
+    """Compute in float64 where the primitive can, else in the dtypes of the program."""
     target = equation.outvars[0].aval.dtype
     if equation.primitive.name == "convert_element_type" and jnp.issubdtype(target, jnp.floating):
         # Rounding to float32 is what the fold leaves out; a narrower type rounds the program's own constants.
