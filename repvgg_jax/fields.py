@@ -1,13 +1,15 @@
-"""Fields of a record checked against their annotations, and the JSON they are read from."""
+"""Fields of a record checked against their annotations and bounds, and the JSON they are read from."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, NamedTuple, Union
 
 _LARGEST = 3.4e38  # of a float32
 _NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", types.NoneType: "None"}
@@ -25,6 +27,45 @@ def require_types(record: Any) -> None:
         value = getattr(record, name)
         if not _fits(value, hint):
             raise ValueError(f"{name} is {shown(value)}: expected {_described(hint)}")
+
+
+class Bound(NamedTuple):
+    """What a value is held to, and how that is said."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def at_least(bound: int) -> Bound:
+    """The bound itself, or more."""
+    return Bound(lambda value: value >= bound, f"at least {bound}")
+
+
+def within(low: float, high: float) -> Bound:
+    """From `low` to `high`, both included."""
+    return Bound(lambda value: low <= value <= high, f"in [{low}, {high}]")
+
+
+def below(low: float, high: float) -> Bound:
+    """From `low`, included, to `high`, excluded."""
+    return Bound(lambda value: low <= value < high, f"in [{low}, {high})")
+
+
+def bounded(default: Any, bound: Bound) -> Any:
+    """A field of a dataclass with a default and a bound, which `require_bounds` holds it to."""
+    return dataclasses.field(default=default, metadata={"bound": bound})
+
+
+def require_bounds(record: Any) -> None:
+    """See that each field that is `bounded` and is not None is within its bound.
+
+    Raises:
+      ValueError: one is not; it is named, with what it is and what was expected.
+    """
+    for field in dataclasses.fields(record):
+        bound, value = field.metadata.get("bound"), getattr(record, field.name)
+        if bound is not None and value is not None and not bound.holds(value):
+            raise ValueError(f"{field.name} is {shown(value)}: expected {bound.expected}")
 
 
 def read_json(text: str | bytes) -> Any:

@@ -6,11 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
-from repvgg_jax.fields import read_object, require_types
+from repvgg_jax.fields import Bound, at_least, below, bounded, read_object, require_bounds, require_types, within
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.models import RepVGG, create_model
@@ -45,22 +45,22 @@ class TrainConfig:
     """Start from a deploy.safetensors: its kernels in 3×3 branches with batch norms that change nothing."""
     whiten_stem: bool = False
     """Begin with a stem that decorrelates the pixels of a training batch: fewer epochs on small images."""
-    residual_scale: float | None = None
+    residual_scale: float | None = bounded(None, within(0, 1))
     """Start the 3×3 and 1×1 norms beside an identity branch at this scale (try 0.25), not at 1; None: as published."""
 
     dataset: str = "digits"
     """'digits' (bundled), any TFDS name with an image and a label ('cifar10'), or 'folder:PATH'."""
     data_dir: str | None = None
     """Where TFDS data sets lie prepared; TFDS' own default (~/tensorflow_datasets) where not given."""
-    image_size: int = 32
+    image_size: int = bounded(32, at_least(1))
     """Side length of the square images the network sees, in pixels."""
-    eval_image_size: int | None = None
+    eval_image_size: int | None = bounded(None, at_least(1))
     """The same in evaluation and of the deploy form's input; image_size where not given."""
     eval_resize: int | None = None
     """In evaluation resize the shorter side to this first, then crop the centre (ImageNet: 256 for 224)."""
     random_resized_crop: bool = False
     """Train on random crops of 8 to 100 % of the image's area (ImageNet); decoded on the host."""
-    crop_padding: int = 4
+    crop_padding: int = bounded(4, at_least(0))
     """Zero-pad by this many pixels and crop at random, on the device; 0 switches it off."""
     flip: bool = True
     """Mirror half of the training images left to right, on the device."""
@@ -68,65 +68,65 @@ class TrainConfig:
     """With flip: not half of them at random, but one half and the other in turn, an epoch each."""
     trivial_augment: bool = False
     """Change each training image by one of 14 operations, at random strength, on the device (TrivialAugment)."""
-    color_jitter: float = 0.0
+    color_jitter: float = bounded(0.0, within(0, 1))
     """Scale brightness, contrast and saturation by random factors in [1 - this, 1 + this]; 0 switches it off."""
-    cutout: int = 0
+    cutout: int = bounded(0, at_least(0))
     """Blank a square of this many pixels a side at a random place of each training image; 0 switches it off."""
-    mixup: float = 0.0
+    mixup: float = bounded(0.0, at_least(0))
     """Blend images and targets pairwise with a weight from Beta(this, this); 0 switches it off."""
-    cutmix: float = 0.0
+    cutmix: float = bounded(0.0, at_least(0))
     """Paste a box of another image, its area from Beta(this, this); 0 is off. With mixup: a coin toss a batch."""
-    refine_epochs: int = 0
+    refine_epochs: int = bounded(0, at_least(0))
     """Leave trivial_augment, color_jitter, cutout, mixup, cutmix out of so many last epochs; at most half of all."""
     mean: tuple[float, ...] | None = None
     """Channel means in [0, 1] units; measured on the training split where not given."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations in [0, 1] units; measured on the training split where not given."""
-    num_workers: int = 0
+    num_workers: int = bounded(0, at_least(0))
     """Processes that decode images; 0 decodes in threads, which is quicker for small images."""
 
-    epochs: int = 120
+    epochs: int = bounded(120, at_least(1))
     """Passes over the training split."""
-    batch_size: int = 256
+    batch_size: int = bounded(256, at_least(1))
     """Images in a training step, over all devices."""
-    eval_batch_size: int = 256
+    eval_batch_size: int = bounded(256, at_least(1))
     """Images in an evaluation step, over all devices."""
-    learning_rate: float = 0.1
+    learning_rate: float = bounded(0.1, Bound(lambda rate: rate > 0, "more than 0"))
     """Peak learning rate of SGD, for batches of learning_rate_batch_size images."""
-    learning_rate_batch_size: int = 256
+    learning_rate_batch_size: int = bounded(256, at_least(1))
     """Batch size that learning_rate is meant for; the rate used is learning_rate × batch_size / this."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = bounded(0.0, at_least(0))
     """Epochs of linear warm-up from 0 before the rate falls to 0; at most half of all epochs."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the rate falls from its peak to 0 at the last step: as a cosine, or in a straight line."""
-    momentum: float = 0.9
+    momentum: float = bounded(0.9, below(0, 1))
     """Of SGD."""
     nesterov: bool = True
     """Nesterov's momentum instead of the classical one."""
-    weight_decay: float = 1e-4
+    weight_decay: float = bounded(1e-4, at_least(0))
     """L2 on kernels and identity-norm scales; biases and the scales of 3x3 and 1x1 norms are exempt."""
-    muon_learning_rate: float = 0.0
+    muon_learning_rate: float = bounded(0.0, at_least(0))
     """Peak rate of Muon for convolution kernels, whatever the batch; SGD does the rest. 0: SGD does all."""
-    muon_weight_decay: float = 0.05
+    muon_weight_decay: float = bounded(0.05, at_least(0))
     """Of those kernels, in place of weight_decay: a step shrinks them by this times the rate."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = bounded(0.0, below(0, 1))
     """Share of the target spread evenly over all classes."""
-    grad_clip_norm: float = 0.0
+    grad_clip_norm: float = bounded(0.0, at_least(0))
     """Scale the gradient of the loss down to this global norm, before weight decay is added; 0 switches it off."""
     skip_nonfinite: bool = False
     """Leave out steps whose loss or gradients are not finite, and count them, instead of stopping."""
-    accumulate_steps: int = 1
+    accumulate_steps: int = bounded(1, at_least(1))
     """Microbatches a batch is split into, one after the other: less memory; batch norm sees each by itself."""
-    ema_decay: float = 0.0
+    ema_decay: float = bounded(0.0, below(0, 1))
     """Evaluate, fuse and save a moving average of parameters and statistics with this decay a step; 0 is off."""
-    auxiliary_weight: float = 0.1
+    auxiliary_weight: float = bounded(0.1, at_least(0))
     """Weight of each auxiliary head's loss (RepVGGplus only)."""
 
-    checkpoint_every: int = 1
+    checkpoint_every: int = bounded(1, at_least(1))
     """Epochs between checkpoints; the last epoch always has one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = bounded(2, at_least(1))
     """Newest checkpoints kept, besides the one of the best test accuracy."""
-    seed: int = 0
+    seed: int = bounded(0, within(0, 2**63 - 1))
     """Of initialisation, data order, augmentation and drawn splits."""
 
     def __post_init__(self) -> None:
@@ -134,76 +134,59 @@ class TrainConfig:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         require_types(self)
-        self.create_model(num_classes=1)
-        at_least = dict(
-            image_size=1, epochs=1, batch_size=1, eval_batch_size=1, checkpoint_every=1, keep_checkpoints=1,
-            crop_padding=0, num_workers=0, warmup_epochs=0, weight_decay=0, auxiliary_weight=0, seed=0,
-            cutout=0, mixup=0, cutmix=0, learning_rate_batch_size=1, accumulate_steps=1, grad_clip_norm=0,
-            muon_learning_rate=0, muon_weight_decay=0, refine_epochs=0,
-        )  # fmt: skip
-        for name, bound in at_least.items():
-            _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        _require(
-            not self.reopen or str(self.init_from).endswith(".safetensors"),
-            "init_from",
-            self.init_from,
-            "a deploy.safetensors, since reopen is given",
-        )
-        _require(
-            self.frozen is None or self.init_from is not None,
-            "frozen",
-            self.frozen,
-            "init_from as well: without a run to start from, what is frozen would stay random",
-        )
-        _require(
-            self.init_from is None or (not self.whiten_stem and self.residual_scale is None),
-            "whiten_stem and residual_scale",
-            (self.whiten_stem, self.residual_scale),
-            "False and None (--no-whiten-stem --residual-scale None), since init_from gives all weights",
-        )
-        scale = self.residual_scale
-        _require(scale is None or 0 <= scale <= 1, "residual_scale", scale, "None or in [0, 1]")
-        _require(not self.whiten_stem or self.image_size >= 3, "image_size", self.image_size, "at least 3 to whiten")
-        _require(not self.alternate_flip or self.flip, "flip", self.flip, "True where alternate_flip is")
-        _require(
-            not (self.alternate_flip and self.random_resized_crop),
-            "alternate_flip",
-            self.alternate_flip,
-            "False with random_resized_crop, which leaves nothing to know an image by",
-        )
-        _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "in [0, 1]")
-        _require(self.cutout <= self.image_size, "cutout", self.cutout, f"at most image_size (={self.image_size})")
-        _require(
-            self.batch_size % self.accumulate_steps == 0,
-            "accumulate_steps",
-            self.accumulate_steps,
-            f"a divisor of batch_size (={self.batch_size})",
-        )
-        _require(self.seed < 2**63, "seed", self.seed, "less than 2**63")
-        _require(
-            (self.mean is None) == (self.std is None),
-            "mean and std",
-            (self.mean, self.std),
-            "both or neither",
-        )
-        size, resize = self.eval_image_size, self.eval_resize
-        _require(size is None or size >= 1, "eval_image_size", size, "at least 1")
-        _require(
-            resize is None or resize >= self.evaluation_size,
-            "eval_resize",
-            resize,
-            f"at least {'image_size' if size is None else 'eval_image_size'} (={self.evaluation_size})",
-        )
-        channels = 1 if self.mean is None else len(self.mean)
-        _require(channels in (1, 3), "mean", self.mean, "1 value for gray images, 3 for RGB")
+        require_bounds(self)
+        self._require_what_goes_together()
         # What no deploy form can be saved with would otherwise be found when the training is over.
         stand_in = Preprocess(self.evaluation_size, 1, (0.0,), (1.0,), self.eval_resize, class_names=("any",))
         preprocess = stand_in if self.mean is None else self.preprocess(class_names=("any",))
         DeployMetadata.of(self.variant, self.create_model(num_classes=1).clone(deploy=True), preprocess)
+
+    def _require_what_goes_together(self) -> None:
+        size = "image_size" if self.eval_image_size is None else "eval_image_size"
+        for name, holds, expected in (
+            (
+                "init_from",
+                not self.reopen or str(self.init_from).endswith(".safetensors"),
+                "a deploy.safetensors, since reopen is given",
+            ),
+            (
+                "frozen",
+                self.frozen is None or self.init_from is not None,
+                "init_from as well: without a run to start from, what is frozen would stay random",
+            ),
+            (
+                "whiten_stem",
+                self.init_from is None or not self.whiten_stem,
+                "False (--no-whiten-stem), since init_from gives all weights",
+            ),
+            (
+                "residual_scale",
+                self.init_from is None or self.residual_scale is None,
+                "None (--residual-scale None), since init_from gives all weights",
+            ),
+            ("image_size", not self.whiten_stem or self.image_size >= 3, "at least 3 to whiten"),
+            ("flip", not self.alternate_flip or self.flip, "True where alternate_flip is"),
+            (
+                "alternate_flip",
+                not (self.alternate_flip and self.random_resized_crop),
+                "False with random_resized_crop, which leaves nothing to know an image by",
+            ),
+            ("cutout", self.cutout <= self.image_size, f"at most image_size (={self.image_size})"),
+            (
+                "accumulate_steps",
+                self.batch_size % self.accumulate_steps == 0,
+                f"a divisor of batch_size (={self.batch_size})",
+            ),
+            ("mean", (self.mean is None) == (self.std is None), f"mean and std, or neither; std is {self.std}"),
+            (
+                "eval_resize",
+                self.eval_resize is None or self.eval_resize >= self.evaluation_size,
+                f"at least {size} (={self.evaluation_size})",
+            ),
+            ("mean", self.mean is None or len(self.mean) in (1, 3), "1 value for gray images, 3 for RGB"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected {expected}")
 
     def create_model(self, num_classes: int) -> RepVGG:
         """Build the network, in its training form."""
@@ -289,8 +272,3 @@ class TrainConfig:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path} is not a config of this version of repvgg_jax: {error}") from None
-
-
-def _require(holds: bool, field: str, found: Any, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{field} is {found}: expected {expected}")
