@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+
 from repvgg_jax.fields import require_types, shown
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -87,3 +90,29 @@ def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224, gr
         eval_resize=(16 * image_size + 7) // 14,  # 8/7, rounded
         class_names=tuple(class_names),
     )
+
+
+def normalize(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Compute `(images / 255 - mean) / std` in float32, and cast the result.
+
+    Args:
+      images: `(…, C)`, values in 0..255.
+      mean: C floats in units of [0, 1].
+      std: C floats in units of [0, 1].
+      dtype: of the result.
+
+    Returns:
+      `(…, C)`.
+
+    Raises:
+      ValueError: `mean` or `std` do not have one value per channel.
+    """
+    channels = images.shape[-1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name} has {len(values)} values, but the images have {channels} channels")
+    # In the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for.
+    centre, spread = (jnp.expand_dims(jnp.asarray(each, jnp.float32), range(images.ndim - 1)) for each in (mean, std))
+    return ((images.astype(jnp.float32) / 255 - centre) / spread).astype(dtype)

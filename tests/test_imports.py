@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "preprocess": {"fields"},
     "reparam": set(),
     "ops": set(),
-    "data": {"terminal"},
+    "data": {"preprocess", "terminal"},
     "transform": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "interop": {"reparam", "ops", "models"} | LEAVES,

@@ -2,7 +2,6 @@
 
 from repvgg_jax.data.augment.basic import (
     alternating_flip,
-    normalize,
     random_color_jitter,
     random_crop,
     random_cutout,
@@ -15,6 +14,7 @@ from repvgg_jax.data.images import fit, read_image
 from repvgg_jax.data.load import load_dataset
 from repvgg_jax.data.normalization import measure_normalization
 from repvgg_jax.data.pipeline import eval_batches, train_iterator
+from repvgg_jax.preprocess import normalize
 
 __all__ = [
     "ImageDataset",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.forms import require_deploy_form
 from repvgg_jax.models.shapes import input_channels
 from repvgg_jax.preprocess import Preprocess
 
@@ -49,8 +50,7 @@ def require_exportable(
       ValueError: the model is in its training form, a size is less than 1, `preprocess` is that of another network, or
         the weights do not fit into one file.
     """
-    if not model.deploy:
-        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    require_deploy_form(model)
     for name, size in (("batch_size", batch_size), ("image_size", image_size)):
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}: expected at least 1, or None for any")

@@ -18,6 +18,7 @@ from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.forms import require_deploy_form
 from repvgg_jax.models.shapes import differences, few
 from repvgg_jax.preprocess import Preprocess
 
@@ -64,8 +65,7 @@ def save_deploy(
       ValueError: the model is in its training form, or `load_deploy` would refuse the file.
       OSError: the file cannot be written.
     """
-    if not model.deploy:
-        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+    require_deploy_form(model)
     metadata = DeployMetadata.of(variant, model, preprocess)
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     tensors = {_name(key_path): np.ascontiguousarray(leaf) for key_path, leaf in leaves}

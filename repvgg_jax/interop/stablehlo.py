@@ -15,7 +15,7 @@ from jax import export
 from repvgg_jax.interop.exportable import require_exportable
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
-from repvgg_jax.preprocess import Preprocess
+from repvgg_jax.preprocess import Preprocess, normalize
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -61,8 +61,7 @@ def to_stablehlo(
     def forward(images: jax.Array) -> jax.Array:
         if preprocess is None:
             return plain.apply(constants, images, train=False)  # type: ignore[return-value]
-        mean, std = (jnp.asarray(value, jnp.float32) for value in (preprocess.mean, preprocess.std))
-        pixels = (images.astype(jnp.float32) / 255 - mean) / std
+        pixels = normalize(images, preprocess.mean, preprocess.std)
         logits: Any = plain.apply(constants, pixels, train=False)
         return jax.nn.softmax(logits) if softmax else logits
 

@@ -97,6 +97,12 @@ def reopen_model(
     return training, {"params": params, "batch_stats": batch_stats}
 
 
+def require_deploy_form(model: RepVGG) -> None:
+    """Raise a ValueError where a model is in its training form."""
+    if not model.deploy:
+        raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
+
+
 def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
     """The branches of one block, and their statistics; `output` is what the fused convolution computes."""
     dtype = fused["kernel"].dtype

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repvgg_jax.data import normalize
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import normalize
 from repvgg_jax.training.accumulation import accumulate
 from repvgg_jax.training.augmentation import augment
 from repvgg_jax.training.config import TrainConfig

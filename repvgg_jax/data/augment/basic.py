@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -141,29 +139,3 @@ def grey(images: jax.Array) -> jax.Array:
         return images
     weights = jnp.expand_dims(jnp.array([0.299, 0.587, 0.114]), range(images.ndim - 1))
     return (images * weights).sum(-1, keepdims=True)
-
-
-def normalize(
-    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
-    """Compute `(images / 255 - mean) / std` in float32 and casts the result.
-
-    Args:
-      images: `(…, C)`, values in 0..255.
-      mean: C floats in units of [0, 1].
-      std: C floats in units of [0, 1].
-      dtype: of the result.
-
-    Returns:
-      `(…, C)`.
-
-    Raises:
-      ValueError: `mean` or `std` do not have one value per channel.
-    """
-    channels = images.shape[-1]
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"{name} has {len(values)} values, but the images have {channels} channels")
-    # In the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for.
-    centre, spread = (jnp.expand_dims(jnp.asarray(each, jnp.float32), range(images.ndim - 1)) for each in (mean, std))
-    return ((images.astype(jnp.float32) / 255 - centre) / spread).astype(dtype)

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from repvgg_jax.data import normalize
 from repvgg_jax.files import replace_whole, require_writable
 from repvgg_jax.interop.exportable import OPSET, require_opset
 from repvgg_jax.interop.safetensors import Deployed, load_deploy
 from repvgg_jax.ops import compiler_options
-from repvgg_jax.preprocess import Preprocess
+from repvgg_jax.preprocess import Preprocess, normalize
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.steps import Batch

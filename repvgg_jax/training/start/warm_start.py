@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Sharding
 
-from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.models.shapes import abstract_variables, differences, few, shapes_by_name
 from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import normalize
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.paths import run_directory
