@@ -87,7 +87,7 @@ def random_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     random = np.random.default_rng(0)
     shape = (config.batch_size, config.image_size, config.image_size, CHANNELS)
     images, labels = random.integers(0, 256, shape, np.uint8), random.integers(0, 10, config.batch_size, np.int32)
-    return shard_batch({"image": images, "label": labels}, mesh)
+    return shard_batch({"image": images, "label": labels, "index": np.arange(len(labels), dtype=np.int32)}, mesh)
 
 
 def contestant(config: TrainConfig, seconds: float) -> Callable[[], float]:

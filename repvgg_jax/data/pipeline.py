@@ -55,7 +55,8 @@ def train_iterator(
         a thread.
 
     Returns:
-      A grain iterator of `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,)}`.
+      A grain iterator of `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,), "index": int32
+      (batch_size,)}`, the index being where in `source` a record lies.
 
     Raises:
       ValueError: arguments out of range, or fewer records than one batch of every shard.
@@ -141,7 +142,7 @@ class ReadBatch:
     resize: int | None = None
 
     def __call__(self, indices: np.ndarray) -> Batch:
-        """Return `{"image": uint8 (N, S, S, C), "label": int32 (N,)}`."""
+        """Return `{"image": uint8 (N, S, S, C), "label": int32 (N,), "index": int32 (N,)}`."""
         if isinstance(self.source, InMemory):
             images, labels = self.source.gather(indices)
             if images.shape[1:] != (self.image_size, self.image_size, self.channels) or self.resize:
@@ -150,7 +151,7 @@ class ReadBatch:
             records = read_records(self.source, indices.tolist())
             images = np.stack([self._fit(record["image"]) for record in records])
             labels = np.asarray([record["label"] for record in records], np.int32)
-        return {"image": images, "label": labels}
+        return {"image": images, "label": labels, "index": indices.astype(np.int32)}
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         return fit(convert_channels(image, self.channels), self.image_size, self.resize)
@@ -165,10 +166,10 @@ class ReadCrop:
     channels: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        """Return `{"image": uint8 (S, S, C), "label": int32 ()}`."""
+        """Return `{"image": uint8 (S, S, C), "label": int32 (), "index": int32 ()}`."""
         record = self.source[index]
         image = random_resized_crop(convert_channels(record["image"], self.channels), self.image_size, rng)
-        return {"image": image, "label": np.asarray(record["label"], np.int32)}
+        return {"image": image, "label": np.asarray(record["label"], np.int32), "index": np.asarray(index, np.int32)}
 
 
 def read_options(source: Source) -> grain.ReadOptions:

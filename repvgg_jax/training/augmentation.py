@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
@@ -17,11 +19,13 @@ from repvgg_jax.data import (
 )
 from repvgg_jax.training.config import TrainConfig
 
+# Folded into a seed's key it gives the key that is the same at every step; no step has this number.
+_SIDES = 2**32 - 1
+
 
 def augment(
     key: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
+    batch: Mapping[str, jax.Array],
     config: TrainConfig,
     num_classes: int,
     epoch: jax.Array | int,
@@ -30,21 +34,22 @@ def augment(
 
     Args:
       key: random key; each ingredient has its own part of it, so that switching one on changes no other's draw.
-      images: uint8 `(B, H, W, C)`.
-      labels: int32 `(B,)`.
+      batch: 'image', uint8 `(B, H, W, C)`, 'label' and 'index', int32 `(B,)`.
       config: with `mean` and `std` filled in.
       num_classes: length of a target.
-      epoch: decides, with `alternate_flip`, which images are mirrored.
+      epoch: decides, with `alternate_flip`, the index and the config's seed, which images are mirrored.
 
     Returns:
       float32 images `(B, H, W, C)` and smoothed, mixed targets `(B, num_classes)`.
     """
     crop_key, flip_key, color_key, cutout_key, mix_key, policy_key = jax.random.split(key, 6)
-    if config.alternate_flip:
-        images = alternating_flip(images, epoch=epoch)
+    images = batch["image"]
     if config.crop_padding:
         images = random_crop(crop_key, images, padding=config.crop_padding)
-    if config.flip and not config.alternate_flip:
+    if config.alternate_flip:
+        sides_key = jax.random.fold_in(jax.random.key(config.seed), _SIDES)
+        images = alternating_flip(sides_key, images, batch["index"], epoch=epoch)
+    elif config.flip:
         images = random_flip(flip_key, images)
     if config.trivial_augment:
         images = trivial_augment(policy_key, images)
@@ -53,5 +58,5 @@ def augment(
     images = normalize(images, *config.normalization)
     if config.cutout:
         images = random_cutout(cutout_key, images, size=config.cutout)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), config.label_smoothing)
+    targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), config.label_smoothing)
     return random_mix(mix_key, images, targets, mixup=config.mixup, cutmix=config.cutmix)

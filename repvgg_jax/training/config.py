@@ -166,11 +166,6 @@ class TrainConfig:
             ),
             ("image_size", not self.whiten_stem or self.image_size >= 3, "at least 3 to whiten"),
             ("flip", not self.alternate_flip or self.flip, "True where alternate_flip is"),
-            (
-                "alternate_flip",
-                not (self.alternate_flip and self.random_resized_crop),
-                "False with random_resized_crop, which leaves nothing to know an image by",
-            ),
             ("cutout", self.cutout <= self.image_size, f"at most image_size (={self.image_size})"),
             (
                 "accumulate_steps",

@@ -77,9 +77,11 @@ def abstract_batch(config: TrainConfig, channels: int, mesh: Mesh) -> dict[str, 
     """The shapes, dtypes and shardings of a training batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     shape = (config.batch_size, config.image_size, config.image_size, channels)
+    integers = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding)
     return {
         "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+        "label": integers,
+        "index": integers,
     }
 
 
@@ -134,7 +136,7 @@ def make_train_step(
       steps_per_epoch: counts the epochs of `alternate_flip`.
 
     Returns:
-      `step(state, {'image': uint8 (batch, height, width, channels), 'label': int32 (batch,)}) -> (state,
+      `step(state, {'image': uint8 (batch, height, width, channels), 'label', 'index': int32 (batch,)}) -> (state,
       {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with; with `skip_nonfinite`
       also 'skipped', 1 where the step changed nothing but the counts of steps. The old state is donated: do not use it
       again.
@@ -143,7 +145,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         epoch = state.step // steps_per_epoch
-        images, targets = augment(key, batch["image"], batch["label"], config, model.num_classes, epoch)
+        images, targets = augment(key, batch, config, model.num_classes, epoch)
 
         def loss_fn(params: Any, batch_stats: Any, inputs: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             output, updates = model.apply(

@@ -32,9 +32,19 @@ def same(batches, others):
 def test_batches_have_the_promised_shapes_and_types(numbered, crop):
     records = numbered(8, height=6, width=9)
     batch = next(train_iterator(records, batch_size=3, seed=0, crop=crop, **SIZE))
-    assert batch.keys() == {"image", "label"}
+    assert batch.keys() == {"image", "label", "index"}
     assert (batch["image"].shape, batch["image"].dtype) == ((3, 4, 4, 3), np.uint8)
-    assert (batch["label"].shape, batch["label"].dtype) == ((3,), np.int32)
+    for name in ("label", "index"):
+        assert (batch[name].shape, batch[name].dtype) == ((3,), np.int32)
+
+
+@pytest.mark.parametrize("crop", ["resize", "random_resized"])
+@pytest.mark.parametrize("keep", [list, lambda records: InMemory(records, (6, 6, 3))], ids=["read", "in memory"])
+def test_the_index_is_that_of_the_record_in_the_data_set(numbered, crop, keep):
+    source = keep(numbered(11, height=6, width=6))
+    for shard in ((0, 1), (0, 2), (1, 2)):
+        for batch in take(train_iterator(source, batch_size=4, seed=0, crop=crop, shard=shard, **SIZE), 6):
+            np.testing.assert_array_equal(batch["index"], batch["label"])
 
 
 def test_images_stay_with_their_labels(numbered):
@@ -170,6 +180,7 @@ def test_evaluation_reads_every_record_once_and_in_order(numbered):
         [True, True, False, False],
     ]
     assert all(batch["image"].shape == (4, 4, 4, 3) for batch in batches)
+    assert all(batch.keys() == {"image", "label", "mask"} for batch in batches)
     mask = np.concatenate([batch["mask"] for batch in batches])
     images = np.concatenate([batch["image"] for batch in batches])
     assert np.array_equal(images[mask], np.stack([record["image"] for record in records]))

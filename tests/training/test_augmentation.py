@@ -5,20 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.data import random_crop, random_flip
+from repvgg_jax.data import random_crop, random_flip, train_iterator
 from repvgg_jax.training import TrainConfig
 from repvgg_jax.training.augmentation import augment
 from tests.data.tiny_data import noise
 
 CONFIG = TrainConfig(image_size=12, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_padding=2, label_smoothing=0.1)
 IMAGES = jnp.asarray(noise(16, 12, 12, 3))
-LABELS = jnp.arange(16, dtype=jnp.int32) % 5
+INDICES = jnp.arange(16, dtype=jnp.int32)
+BATCH = {"image": IMAGES, "label": INDICES % 5, "index": INDICES}
 KEY = jax.random.key(7)
 INGREDIENTS = dict(trivial_augment=True, color_jitter=0.4, cutout=6, mixup=0.2, cutmix=1.0)
 
 
 def augmented(epoch=0, **fields):
-    return augment(KEY, IMAGES, LABELS, dataclasses.replace(CONFIG, **fields), 5, epoch)
+    return augment(KEY, BATCH, dataclasses.replace(CONFIG, **fields), 5, epoch)
 
 
 def test_by_default_only_crop_flip_and_normalisation_happen_with_their_two_keys():
@@ -26,7 +27,7 @@ def test_by_default_only_crop_flip_and_normalisation_happen_with_their_two_keys(
     expected = random_flip(flip_key, random_crop(crop_key, IMAGES, padding=2))
     images, targets = augmented()
     np.testing.assert_allclose(images, (expected / 255 - np.array(CONFIG.mean)) / np.array(CONFIG.std), atol=1e-5)
-    np.testing.assert_allclose(targets, np.eye(5)[LABELS] * 0.9 + 0.02, atol=1e-6)
+    np.testing.assert_allclose(targets, np.eye(5)[BATCH["label"]] * 0.9 + 0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(INGREDIENTS))
@@ -51,6 +52,35 @@ def test_alternating_flip_takes_the_place_of_the_random_one_and_goes_by_the_epoc
     np.testing.assert_array_equal(first[:, :, ::-1], second)
     at_random = [augmented(epoch, crop_padding=0)[0] for epoch in range(2)]
     np.testing.assert_array_equal(*at_random)
+    assert not np.array_equal(first, augmented(alternate_flip=True, crop_padding=0, seed=1)[0])
+
+
+def mirrored(crop, shards=1):
+    """By epoch and index, whether an image is shown mirrored: all of them rise to the right."""
+    image = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[:, None], (30, 1, 1))
+    records = [{"image": image, "label": 0}] * 96
+    config = TrainConfig(image_size=8, mean=(0.0,), std=(1.0,), crop_padding=1, alternate_flip=True)
+    change = jax.jit(lambda key, batch, epoch: augment(key, batch, config, 2, epoch)[0])
+    options = dict(batch_size=24 // shards, image_size=8, channels=1, seed=config.seed, crop=crop)
+    streams = [train_iterator(records, shard=(shard, shards), **options) for shard in range(shards)]
+    found = np.full((3, 96), -1)
+    for step in range(3 * 4):
+        for batch in map(next, streams):
+            # As in training, every step has a key of its own.
+            images = np.asarray(change(jax.random.key(step), batch, step // 4))
+            rising = np.sign(np.diff(images, axis=2)).sum((1, 2, 3))
+            assert rising.all()
+            found[step // 4, batch["index"]] = rising < 0
+    return found
+
+
+def test_an_image_is_mirrored_every_other_epoch_however_it_is_cropped_and_whichever_process_reads_it():
+    found = mirrored("random_resized")
+    assert (found[0] + found[1] == 1).all()
+    np.testing.assert_array_equal(found[0], found[2])
+    assert 30 < found[0].sum() < 66
+    np.testing.assert_array_equal(mirrored("resize"), found)
+    np.testing.assert_array_equal(mirrored("random_resized", shards=2), found)
 
 
 def test_switching_one_ingredient_on_changes_no_other_draw():

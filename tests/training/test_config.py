@@ -28,7 +28,6 @@ from repvgg_jax.training import PRESETS, TrainConfig
         (dict(color_jitter=1.5), r"color_jitter is 1.5: expected in \[0, 1\]"),
         (dict(frozen="stem"), "frozen is stem: expected init_from as well"),
         (dict(alternate_flip=True, flip=False), "flip is False: expected True where alternate_flip is"),
-        (dict(alternate_flip=True, random_resized_crop=True), "alternate_flip is True: expected False with random_res"),
         (dict(cutout=-1), "cutout is -1: expected at least 0"),
         (dict(cutout=33), r"cutout is 33: expected at most image_size \(=32\)"),
         (dict(refine_epochs=-1), "refine_epochs is -1: expected at least 0"),

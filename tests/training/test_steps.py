@@ -45,7 +45,7 @@ def batch(count=16, seed=0):
     images = rng.integers(0, 50, (count, 8, 8, 1), dtype=np.uint8)
     images[np.arange(count), 2 * (labels // 2), :, 0] += 150
     images[:, :, 7, 0] += (100 * (labels % 2)).astype(np.uint8)[:, None]
-    return {"image": images, "label": labels}
+    return {"image": images, "label": labels, "index": rng.permutation(1000)[:count].astype(np.int32)}
 
 
 # For what does not depend on the network: one block a stage, the first of them with an identity.
@@ -100,8 +100,11 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 @pytest.mark.usefixtures("float32")
 @pytest.mark.parametrize(
     "further",
-    [{}, pytest.param(dict(trivial_augment=True, color_jitter=0.4, mixup=0.2, cutmix=1.0), marks=pytest.mark.long)],
-    ids=["cut out", "distort and mix besides"],
+    [
+        dict(alternate_flip=True),
+        pytest.param(dict(trivial_augment=True, color_jitter=0.4, mixup=0.2, cutmix=1.0), marks=pytest.mark.long),
+    ],
+    ids=["cut out, mirrored in turn", "distort and mix besides"],
 )
 def test_eight_devices_augment_mix_and_accumulate_as_one_does(further):
     config = dataclasses.replace(SMALL, accumulate_steps=2, cutout=4, ema_decay=0.9, **further)
@@ -349,7 +352,7 @@ def test_the_loss_is_to_the_mixed_targets_and_the_accuracy_to_the_labels():
     guesses = np.where(np.arange(16) < 4, (data["label"] + 1) % 4, data["label"])
     config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mixup=0.5, cutmix=0.5)
     step = rigged_step(config, Rigged(lambda vector: jax.nn.one_hot(guesses, 4) * vector))
-    mixed = jax.jit(lambda key: augment(key, data["image"], data["label"], config, 4, 0)[1])
+    mixed = jax.jit(lambda key: augment(key, data, config, 4, 0)[1])
     by_targets = set()
     for number in range(6):
         _, _, metrics = step(np.full(4, 2.0), number)

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,11 +88,15 @@ def mirrored_rows(images, flipped):
     return mirrored
 
 
-@pytest.mark.parametrize("scale", [1, 2], ids=["any", "even"])
-def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs(scale):
-    images = noise(64, 3, 5, 3) // 2 * scale
-    sides = [mirrored_rows(images, applied(alternating_flip, images, epoch=epoch)) for epoch in range(3)]
-    assert 16 < sides[0].sum() < 48
+def first_sides(seed, indices):
+    """Which images of so many indices are mirrored in epoch 0."""
+    images = np.broadcast_to(np.uint8([[[1], [0]]]), (len(indices), 1, 2, 1))
+    return applied(alternating_flip, jax.random.key(seed), images, indices, epoch=0)[:, 0, 0, 0] == 0
+
+
+def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs():
+    images, key, indices = noise(64, 3, 5, 3), jax.random.key(0), np.arange(64)
+    sides = [mirrored_rows(images, applied(alternating_flip, key, images, indices, epoch=epoch)) for epoch in range(3)]
     assert (sides[0] ^ sides[1]).all()
     assert (sides[0] == sides[2]).all()
     at_random = [mirrored_rows(images, applied(random_flip, jax.random.key(epoch), images)) for epoch in range(2)]
@@ -98,11 +104,33 @@ def test_alternating_flip_shows_both_sides_of_every_image_in_two_epochs(scale):
 
 
 def test_alternating_flip_knows_an_image_wherever_it_lies_in_a_batch():
-    images = noise(64, 3, 5, 3)
+    images, key, indices = noise(64, 3, 5, 3), jax.random.key(0), np.arange(64) + 1000
     order = np.random.default_rng(0).permutation(64)
-    flipped = jax.jit(alternating_flip)(images, epoch=7)
-    np.testing.assert_array_equal(applied(alternating_flip, images[order], epoch=7), flipped[order])
+    flipped = applied(alternating_flip, key, images, indices, epoch=7)
+    np.testing.assert_array_equal(
+        applied(alternating_flip, key, images[order], indices[order], epoch=7), flipped[order]
+    )
     assert flipped.dtype == np.uint8
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+@pytest.mark.parametrize("step", [1, 2, 10, 4096], ids="every {}".format)
+def test_half_of_the_images_begin_mirrored_whichever_are_taken(seed, step):
+    assert abs(first_sides(seed, step * np.arange(4000)).mean() - 0.5) < 0.035, "4.4 standard deviations"
+
+
+def test_which_images_begin_mirrored_is_drawn_by_the_key():
+    sides = [first_sides(seed, np.arange(4000)) for seed in range(4)]
+    for one, other in itertools.combinations(sides, 2):
+        assert abs((one == other).mean() - 0.5) < 0.035, "4.4 standard deviations"
+
+
+def test_the_sides_do_not_depend_on_the_batch_by_another_generator_either():
+    images, key, indices = noise(64, 3, 5, 3), jax.random.key(0, impl="rbg"), np.arange(64)
+    flipped = applied(alternating_flip, key, images, indices, epoch=0)
+    rows = slice(5, 64, 3)
+    np.testing.assert_array_equal(applied(alternating_flip, key, images[rows], indices[rows], epoch=0), flipped[rows])
+    assert 16 < mirrored_rows(images, flipped).sum() < 48
 
 
 def test_flipping_twice_with_one_key_restores_the_images():
