@@ -147,22 +147,9 @@ def make_train_step(
         epoch = state.step // steps_per_epoch
         images, targets = augment(key, batch, config, model.num_classes, epoch)
 
-        def loss_fn(params: Any, batch_stats: Any, inputs: Batch) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            output, updates = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                inputs["image"],
-                train=True,
-                mutable=["batch_stats"],
-            )
-            logits, auxiliary = output if isinstance(output, tuple) else (output, {})
-            loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
-            for head in auxiliary.values():
-                loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
-            return loss, (logits, updates["batch_stats"])
-
         def compute(batch_stats: Any, inputs: Batch) -> tuple[Any, Any]:
-            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, (logits, batch_stats)), gradients = gradient_fn(state.params, batch_stats, inputs)
+            gradient_fn = jax.value_and_grad(_loss, argnums=2, has_aux=True)
+            (loss, (logits, batch_stats)), gradients = gradient_fn(model, config, state.params, batch_stats, inputs)
             metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == inputs["label"]).mean()}
             return batch_stats, (gradients, metrics)
 
@@ -179,14 +166,7 @@ def make_train_step(
         new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         if config.skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
-            # Counts go on, also the optimizer's, so that the learning rate ends where its schedule does.
-            new = jax.tree.map(
-                lambda update, old: (
-                    jnp.where(finite, update, old) if jnp.issubdtype(old.dtype, jnp.inexact) else update
-                ),
-                new,
-                state,
-            )
+            new = _where(finite, new, state)
             metrics["skipped"] = 1.0 - finite
         return new, metrics
 
@@ -197,6 +177,29 @@ def make_train_step(
         out_shardings=replicated,
         donate_argnums=0,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def _loss(
+    model: RepVGG, config: TrainConfig, params: Any, batch_stats: Any, inputs: Batch
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """The loss, auxiliary heads included; the logits, and the statistics after the batch."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    output, updates = model.apply(variables, inputs["image"], train=True, mutable=["batch_stats"])
+    logits, auxiliary = output if isinstance(output, tuple) else (output, {})
+    loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
+    for head in auxiliary.values():
+        loss += config.auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
+    return loss, (logits, updates["batch_stats"])
+
+
+def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state where a step is finite, else the old one."""
+    # Counts go on, also the optimizer's, so that the learning rate ends where its schedule does.
+    return jax.tree.map(
+        lambda update, kept: jnp.where(finite, update, kept) if jnp.issubdtype(kept.dtype, jnp.inexact) else update,
+        new,
+        old,
     )
 
 
