@@ -9,13 +9,13 @@ from repvgg_jax.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from repvgg_jax.models import VARIANTS, RepVGG, compile_inference, create_model, fuse_model, reopen_model, summarize
-    from repvgg_jax.reparam import branch_rule, first_match, fuse, fuse_with
+    from repvgg_jax.reparam import branch_rule, fuse, fuse_with
     from repvgg_jax.transform import reparameterize
 
 # Imported when they are asked for: a command decides how its process runs before JAX is loaded.
 _HOMES = {
     "models": ("VARIANTS", "RepVGG", "compile_inference", "create_model", "fuse_model", "reopen_model", "summarize"),
-    "reparam": ("branch_rule", "first_match", "fuse", "fuse_with"),
+    "reparam": ("branch_rule", "fuse", "fuse_with"),
     "transform": ("reparameterize",),
 }
 
@@ -26,7 +26,6 @@ __all__ = [
     "branch_rule",
     "compile_inference",
     "create_model",
-    "first_match",
     "fuse",
     "fuse_model",
     "fuse_with",

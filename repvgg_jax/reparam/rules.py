@@ -1,11 +1,13 @@
 """Rules: what counts as a re-parameterizable block in a tree of variables, and what it becomes.
 
-A rule is a plain function `(path, params, batch_stats) -> Replacement | None`. It looks at one node of the tree
-and returns None where the node is not its business. Rules decide by keys and static shapes, never by values.
+A rule is called as `(path, params, batch_stats) -> Replacement | None`. It looks at one node of the tree and returns
+None where the node is not its business. Rules decide by keys and static shapes, never by values. Those made here are
+values: two of the same fields are equal, and hash alike.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.reparam.kernels import Convolution, fold_batch_norm, identity_kernel, merge_branches
+from repvgg_jax.reparam.kernels import Array, Convolution, fold_batch_norm, identity_kernel, merge_branches
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
@@ -30,17 +32,81 @@ class Replacement(NamedTuple):
 Rule = Callable[[Path, Tree, Tree], Replacement | None]
 
 
-def first_match(*rules: Rule) -> Rule:
-    """Compose rules: the first that returns a replacement wins."""
+@dataclasses.dataclass(frozen=True)
+class FirstMatch:
+    """The rule that asks others in turn; `first_match` makes it."""
 
-    def rule(path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-        for candidate in rules:
-            replacement = candidate(path, params, batch_stats)
+    rules: tuple[Rule, ...]
+
+    def __call__(self, path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
+        """Return the first replacement."""
+        for rule in self.rules:
+            replacement = rule(path, params, batch_stats)
             if replacement is not None:
                 return replacement
         return None
 
-    return rule
+
+def first_match(*rules: Rule) -> FirstMatch:
+    """Compose rules: the first that returns a replacement wins."""
+    return FirstMatch(rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchRule:
+    """The rule for blocks of parallel convolution + batch-norm branches; `branch_rule` makes it, and describes it."""
+
+    convolutions: tuple[str, ...]
+    identity: str | None
+    into: str
+    conv: str
+    norm: str
+    epsilon: float
+    all_required: bool
+
+    def __call__(self, path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
+        """Fold, pad and sum the branches of a block."""
+        if not any(_has_convolution(params.get(name), self.conv) for name in self.convolutions):
+            return None
+        present = [name for name in self.convolutions if name in params]
+        self._check(present, params, batch_stats)
+        consumed = {*present, *self._identities(params, batch_stats)}
+        block, statistics = _only(params, consumed), _only(batch_stats, consumed)
+        _check_statistics(statistics)
+        branches = self._branches(present, *_lift((block, statistics)))
+        fused = self._rounded(merge_branches(branches), [params[name][self.conv] for name in present])
+        return Replacement({**_without(params, consumed), self.into: fused}, _without(batch_stats, consumed))
+
+    def _check(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> None:
+        """See that all branches that are required are there, and that each has a convolution and a norm."""
+        if self.all_required and len(present) < len(self.convolutions):
+            raise ValueError(f"found the branches {', '.join(present)}, expected {', '.join(self.convolutions)}")
+        for name in present:
+            _check_branch(name, params[name], batch_stats.get(name, {}), self.conv, self.norm)
+
+    def _branches(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> list[Convolution]:
+        """Every branch as the one convolution that it is."""
+        branches = [self._convolution(name, params[name], batch_stats.get(name, {})) for name in present]
+        for name in self._identities(params, batch_stats):
+            affine, statistics = params.get(name, {}), batch_stats.get(name, {})
+            kernel = _identity_beside(branches[0], name, statistics)
+            branches.append(_fold(name, kernel, None, affine, statistics, self.epsilon))
+        return branches
+
+    def _identities(self, params: Tree, batch_stats: Tree) -> list[str]:
+        """The name of the identity branch, if the block has one."""
+        return [name for name in (self.identity,) if name is not None and (name in params or name in batch_stats)]
+
+    def _convolution(self, name: str, branch: Tree, branch_stats: Tree) -> Convolution:
+        convolution, affine = branch[self.conv], branch.get(self.norm, {})
+        kernel, statistics = convolution["kernel"], branch_stats.get(self.norm, {})
+        _require_one_plane(f"{name}/{self.conv}/kernel", kernel, {**affine, **statistics})
+        return _fold(name, kernel, convolution.get("bias"), affine, statistics, self.epsilon)
+
+    def _rounded(self, fused: Convolution, stored: Sequence[Tree]) -> dict[str, Any]:
+        """In the dtype of the convolutions that were stored, where the first of them is."""
+        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(stored)))
+        return {key: _rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
 
 
 def branch_rule(
@@ -52,7 +118,7 @@ def branch_rule(
     norm: str = "bn",
     epsilon: float = 1e-5,
     all_required: bool = False,
-) -> Rule:
+) -> BranchRule:
     """Build the rule for blocks of parallel convolution + batch-norm branches from the names they carry.
 
     A node is a block where it holds at least one of `convolutions`, itself a node with the children `conv`
@@ -78,59 +144,10 @@ def branch_rule(
       >>> timm_like(("head",), {"kernel": np.ones((4, 2))}, {}) is None
       True
     """
-
-    def rule(path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-        if not any(_has_convolution(params.get(name), conv) for name in convolutions):
-            return None
-        present = [name for name in convolutions if name in params]
-        if all_required and len(present) < len(convolutions):
-            raise ValueError(f"found the branches {', '.join(present)}, expected {', '.join(convolutions)}")
-        for name in present:
-            _check_branch(name, params[name], batch_stats.get(name, {}), conv, norm)
-        consumed = set(present)
-        if identity is not None and (identity in params or identity in batch_stats):
-            consumed.add(identity)
-        used_params = {key: params[key] for key in params if key in consumed}
-        used_stats = {key: batch_stats[key] for key in batch_stats if key in consumed}
-        _check_statistics(used_stats)
-        lifted_params, lifted_stats = _lift((used_params, used_stats))
-
-        branches = []
-        for name in present:
-            convolution, affine = lifted_params[name][conv], lifted_params[name].get(norm, {})
-            kernel, statistics = convolution["kernel"], lifted_stats.get(name, {}).get(norm, {})
-            _require_one_plane(f"{name}/{conv}/kernel", kernel, {**affine, **statistics})
-            branches.append(_fold(name, kernel, convolution.get("bias"), affine, statistics, epsilon))
-        if identity in consumed:
-            in_channels, out_channels = branches[0].kernel.shape[2:]
-            statistics = lifted_stats.get(identity, {})
-            mean = statistics.get("mean", branches[0].bias)
-            if mean.shape != (out_channels,) or out_channels % in_channels:
-                raise ValueError(
-                    f"{identity} normalises {tuple(mean.shape)} channels beside a kernel "
-                    f"{tuple(branches[0].kernel.shape)}: expected as many channels as the kernel puts out, and "
-                    "in/groups to divide them"
-                )
-            dtype = jnp.promote_types(mean.dtype, jnp.float32)
-            kernel = identity_kernel(out_channels, groups=out_channels // in_channels, dtype=dtype)
-            branches.append(_fold(identity, kernel, None, lifted_params.get(identity, {}), statistics, epsilon))
-
-        fused = merge_branches(branches)
-        leaves = jax.tree.leaves({key: used_params[key][conv] for key in present})
-        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves))
-        like = used_params[present[0]][conv]["kernel"]
-        return Replacement(
-            {
-                **_without(params, consumed),
-                into: {k: _rounded(v, dtype, like) for k, v in fused._asdict().items()},
-            },
-            _without(batch_stats, consumed),
-        )
-
-    return rule
+    return BranchRule(tuple(convolutions), identity, into, conv, norm, epsilon, all_required)
 
 
-def repvgg_rule(epsilon: float = 1e-5) -> Rule:
+def repvgg_rule(epsilon: float = 1e-5) -> FirstMatch:
     """The rule for the networks of this package: RepVGG blocks fuse, RepVGGplus' auxiliary heads go.
 
     Auxiliary heads serve training only; the deploy form has none (official repository, `repvggplus.py`).
@@ -187,6 +204,19 @@ def _require_one_plane(name: str, kernel: Any, vectors: Tree) -> None:
     raise ValueError(f"{name} has shape {tuple(kernel.shape)}, expected rank 4 (kh, kw, in/groups, out); {advice}")
 
 
+def _identity_beside(beside: Convolution, name: str, statistics: Tree) -> Array:
+    """The kernel of a batch norm alone, in the groups of a convolution beside it."""
+    in_channels, out_channels = beside.kernel.shape[2:]
+    mean = statistics.get("mean", beside.bias)
+    if mean.shape != (out_channels,) or out_channels % in_channels:
+        raise ValueError(
+            f"{name} normalises {tuple(mean.shape)} channels beside a kernel {tuple(beside.kernel.shape)}: expected as "
+            "many channels as the kernel puts out, and in/groups to divide them"
+        )
+    dtype = jnp.promote_types(mean.dtype, jnp.float32)
+    return identity_kernel(out_channels, groups=out_channels // in_channels, dtype=dtype)
+
+
 def _fold(name: str, kernel: Any, conv_bias: Any, affine: Tree, statistics: Tree, epsilon: float) -> Convolution:
     missing = [key for key in ("mean", "var") if key not in statistics]
     if missing:
@@ -206,6 +236,10 @@ def _fold(name: str, kernel: Any, conv_bias: Any, affine: Tree, statistics: Tree
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _only(tree: Tree, keys: set[str]) -> dict[str, Any]:
+    return {key: tree[key] for key in tree if key in keys}
 
 
 def _without(tree: Tree, keys: set[str]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import branch_rule, first_match, fuse_with
-from repvgg_jax.reparam import Replacement, repvgg_rule
+from repvgg_jax import branch_rule, fuse_with
+from repvgg_jax.reparam import Replacement, first_match, repvgg_rule
 from tests.random_variables import random_images
 
 EPSILON = 1e-3
@@ -126,6 +126,13 @@ def test_first_match_composes_and_a_rule_of_ones_own_is_a_function():
     fused = fuse_with(first_match(drop_dropout, timm_like()), variables)
     assert jax.tree.map(np.shape, fused) == {"params": {"a": {"reparam_conv": {"kernel": (3, 3, 2, 2), "bias": (2,)}}}}
     assert asked == [(), ("a",), ("auxiliary",)]
+
+
+def test_rules_are_values():
+    assert timm_like() == timm_like() != timm_like(epsilon=0.5)
+    assert branch_rule(["a", "b"]) == branch_rule(("a", "b"))
+    assert repvgg_rule(1e-3) == repvgg_rule(1e-3) != repvgg_rule(1e-5)
+    assert len({timm_like(), timm_like(), first_match(timm_like()), first_match(timm_like())}) == 2
 
 
 def test_numpy_variables_come_back_as_numpy():
