@@ -129,7 +129,7 @@ def medians(convolution, directions, kernel_ahead):
             name: (1e3 * np.median(times), np.median(np.divide(times, seconds["plain"])))
             for name, times in seconds.items()
         }
-    return result, choose(*shapes, window, kernel_ahead=kernel_ahead)["cpu"]
+    return result, choose(*shapes, window, kernel_ahead=kernel_ahead)["cpu"].names
 
 
 def main():

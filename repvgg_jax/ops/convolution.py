@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from repvgg_jax.ops.choose import LOWERINGS, Choice, choose
+from repvgg_jax.ops.choose import Choice, choose
 from repvgg_jax.ops.lowerings import plain
 from repvgg_jax.ops.lowerings.base import Window
 from repvgg_jax.ops.manual_axes import varying_alike
@@ -119,11 +119,11 @@ def _beyond_default(precision: lax.PrecisionLike) -> bool:
 
 def _fastest(direction: str, chosen: dict[str, Choice], **static: Any) -> dict[str, Callable[..., jax.Array]]:
     """The lowerings of one direction, by platform, with their static arguments bound."""
-    names = {platform: getattr(choice, direction) for platform, choice in chosen.items()}
+    lowerings = {platform: getattr(choice, direction) for platform, choice in chosen.items()}
     return {
-        platform: partial(getattr(LOWERINGS[name], direction), **static)
-        for platform, name in names.items()
-        if name != "plain"
+        platform: partial(getattr(lowering, direction), **static)
+        for platform, lowering in lowerings.items()
+        if lowering is not plain.lowering
     }
 
 

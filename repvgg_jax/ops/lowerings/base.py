@@ -58,12 +58,14 @@ class Lowering(NamedTuple):
     """One way to compute a convolution and its two gradients, for NHWC images and HWIO kernels.
 
     Attributes:
+        name: for tables and messages.
         supports: `(input_shape, kernel_shape, window) -> bool`; outside it the functions below may be wrong.
         forward: `(x, kernel, window) -> y`.
         input_gradient: `(dy, kernel, window, input_shape) -> dx`.
         kernel_gradient: `(x, dy, window, kernel_shape) -> dkernel`.
     """
 
+    name: str
     supports: Callable[[Shape, Shape, Window], bool]
     forward: Callable[[jax.Array, jax.Array, Window], jax.Array]
     input_gradient: Callable[[jax.Array, jax.Array, Window, Shape], jax.Array]

@@ -29,4 +29,4 @@ def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     return plain.forward(x, _dense(kernel, window.groups), window._replace(groups=1))
 
 
-lowering = Lowering(supports, forward, plain.input_gradient, plain.kernel_gradient)
+lowering = Lowering("block_diagonal", supports, forward, plain.input_gradient, plain.kernel_gradient)

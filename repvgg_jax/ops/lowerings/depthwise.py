@@ -63,4 +63,4 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: S
     return jnp.stack(sums).reshape(kernel_shape)
 
 
-lowering = Lowering(supports, forward, input_gradient, kernel_gradient)
+lowering = Lowering("depthwise", supports, forward, input_gradient, kernel_gradient)

@@ -47,7 +47,7 @@ def by_group(lowering: Lowering) -> Lowering:
 
         return _each(convolve, x, dy, window.groups)
 
-    return Lowering(supports, forward, input_gradient, kernel_gradient)
+    return Lowering(lowering.name, supports, forward, input_gradient, kernel_gradient)
 
 
 def _channels(shape: Shape, groups: int) -> Shape:

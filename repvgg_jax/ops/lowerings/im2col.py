@@ -93,4 +93,4 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: S
     return lax.pad(live, jnp.zeros((), live.dtype), (*missing, (0, 0, 0), (0, 0, 0)))
 
 
-lowering = Lowering(supports, forward, input_gradient, kernel_gradient)
+lowering = Lowering("im2col", supports, forward, input_gradient, kernel_gradient)

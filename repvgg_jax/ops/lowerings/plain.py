@@ -53,4 +53,4 @@ def kernel_gradient(
     return transposed(convolve, kernel_shape, dy)
 
 
-lowering = Lowering(supports, forward, input_gradient, kernel_gradient)
+lowering = Lowering("plain", supports, forward, input_gradient, kernel_gradient)

@@ -39,4 +39,4 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: S
     return jnp.einsum("nhwi,nhwo->io", _sampled(x, window), dy)[None, None]
 
 
-lowering = Lowering(supports, forward, input_gradient, kernel_gradient)
+lowering = Lowering("pointwise", supports, forward, input_gradient, kernel_gradient)

@@ -64,4 +64,4 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: S
     return transposed(convolve, kernel_shape, dy)
 
 
-lowering = Lowering(supports, forward, plain.input_gradient, kernel_gradient)
+lowering = Lowering("space_to_depth", supports, forward, plain.input_gradient, kernel_gradient)

@@ -167,6 +167,7 @@ def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
 
 def _lowering(tile: int) -> Lowering:
     return Lowering(
+        f"winograd_f{tile}",
         supports,
         partial(_forward, tile=tile),
         partial(_input_gradient, tile=tile),
