@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from repvgg_jax.transform.merging.constants import Constant
 
@@ -49,20 +50,46 @@ class View:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apart:
-    """Another way to compute a term, for as long as it stands alone: from a value in between.
+class ConvolvedApart:
+    """Another way to compute a term, for as long as it stands alone: as a convolution of a value in between.
 
     Attributes:
-      inner: the value in between.
-      outer: a convolution of it, or an equation (pooling, padding) with `scale` for its result.
-      scale: of each channel, or None.
+      between: the value.
+      convolution: of it.
       cost: multiply-adds for one pixel of the result.
     """
 
-    inner: Affine
-    outer: Any
+    between: Affine
+    convolution: Term
+    cost: float
+
+    def scaled(self, vector: Constant) -> ConvolvedApart:
+        """Its result times a constant of each channel."""
+        return dataclasses.replace(self, convolution=self.convolution.scaled(vector))
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledApart:
+    """Likewise, as a sum over windows of a value in between.
+
+    Attributes:
+      between: the value.
+      equation: the sum over windows.
+      scale: of each channel of the sum, or None.
+      cost: multiply-adds for one pixel of the result.
+    """
+
+    between: Affine
+    equation: JaxprEqn
     scale: Constant | None
     cost: float
+
+    def scaled(self, vector: Constant) -> PooledApart:
+        """Its result times a constant of each channel."""
+        if self.scale is None:
+            return dataclasses.replace(self, scale=vector)
+        shape = np.broadcast_shapes(self.scale.shape, vector.shape)
+        return dataclasses.replace(self, scale=self.scale.map("multiply", np.multiply, vector, shape=shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +99,7 @@ class Term:
     kernel: Constant
     window: Window
     bias: Constant | None = None
-    apart: Apart | None = None
+    apart: ConvolvedApart | PooledApart | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -87,18 +114,15 @@ class Term:
     def scaled(self, vector: Constant) -> Term:
         """Its result times a constant of each channel."""
         bias = None if self.bias is None else self.bias.map("multiply", np.multiply, vector, shape=self.bias.shape)
-        apart = self.apart
-        if apart and isinstance(apart.outer, Term):
-            apart = dataclasses.replace(apart, outer=apart.outer.scaled(vector))
-        elif apart:
-            before = apart.scale
-            if before is not None:
-                shape = np.broadcast_shapes(before.shape, vector.shape)
-                apart = dataclasses.replace(apart, scale=before.map("multiply", np.multiply, vector, shape=shape))
-            else:
-                apart = dataclasses.replace(apart, scale=vector)
         kernel = self.kernel.map("multiply", np.multiply, vector, shape=self.kernel.shape)
+        apart = None if self.apart is None else self.apart.scaled(vector)
         return dataclasses.replace(self, kernel=kernel, bias=bias, apart=apart)
+
+    def bias_with(self, shift: Constant | None) -> Constant | None:
+        """Its bias and another, added."""
+        if self.bias is None or shift is None:
+            return shift if self.bias is None else self.bias
+        return self.bias.map("add", np.add, shift, shape=self.bias.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +151,18 @@ class Affine:
         """Of the result; None where no convolution says so."""
         return self.terms[0].window.axes[1] if self.terms else None
 
+    def reading(self, aval: jax.core.ShapedArray, term: Term, scopes: tuple[str, ...]) -> Affine:
+        """A convolution of what this one is affine in."""
+        return Affine(self.source, self.source_shape, aval, terms=(term,), scopes=scopes)
+
+    def shift_vector(self, axis: int) -> Constant | None:
+        """The shift of the channels, which lie along an axis."""
+        if self.shift is None:
+            return None
+        vector = self.shift.vector(len(self.aval.shape), axis)
+        assert vector is not None
+        return vector
+
     def times(self, factor: Constant) -> Affine | None:
         """Multiplied by a constant; None where that is not a scale of the channels."""
         fitting = self._fitting(factor)
@@ -137,8 +173,11 @@ class Affine:
             vector = fitting.vector(len(self.aval.shape), self.terms[0].window.axes[1])
             assert vector is not None
             terms = tuple(term.scaled(vector) for term in self.terms)
-        product = lambda constant: None if constant is None else _combine(np.multiply, constant, fitting)  # noqa: E731
-        return dataclasses.replace(self, terms=terms, scale=product(self.scale), shift=product(self.shift))
+        scale, shift = (
+            None if constant is None else _combine(np.multiply, constant, fitting)
+            for constant in (self.scale, self.shift)
+        )
+        return dataclasses.replace(self, terms=terms, scale=scale, shift=shift)
 
     def plus(self, summand: Constant) -> Affine | None:
         """Shifted by a constant; None where that is not a shift of the channels."""
@@ -173,16 +212,16 @@ class Affine:
         rank = len(self.aval.shape)
         if constant.dtype != self.aval.dtype:
             return None
-        compact = (1,) * (rank - len(constant.compact)) + constant.compact
-        varying = [axis for axis, size in enumerate(compact) if size != 1]
+        sizes = constant.stored_in_rank(rank)
+        varying = [axis for axis, size in enumerate(sizes) if size != 1]
         if len(varying) > 1 or (self.terms and varying not in ([], [self.channel_axis])):
             return None
         return Constant(
             self.aval.shape,
             constant.dtype,
             lambda: constant.value,
-            recipe=("fit", constant.recipe),
-            compact=compact,
+            derivation=("fit", constant.fingerprint),
+            stored_shape=sizes,
             variable=constant.variable,
         )
 
@@ -192,26 +231,25 @@ def is_one(scale: Constant | None) -> bool:
     return scale is not None and not scale.variable and bool(np.all(scale.value == 1))
 
 
-def ones(aval: Any) -> Constant:
+def ones(aval: jax.core.ShapedArray) -> Constant:
     """One, in the rank of an array."""
     return Constant(
         aval.shape,
         aval.dtype,
         lambda: np.ones([1] * len(aval.shape)),
-        recipe=("one",),
-        compact=[1] * len(aval.shape),
+        derivation=("one",),
+        stored_shape=[1] * len(aval.shape),
         variable=False,
     )
 
 
 def _combine(operation: Any, left: Constant, right: Constant) -> Constant:
-    compact = np.broadcast_shapes(left.compact, right.compact)
     return Constant(
         left.shape,
         left.dtype,
         lambda: operation(left.value, right.value),
-        recipe=(operation.__name__, left.recipe, right.recipe),
-        compact=compact,
+        derivation=(operation.__name__, left.fingerprint, right.fingerprint),
+        stored_shape=np.broadcast_shapes(left.stored_shape, right.stored_shape),
         variable=left.variable or right.variable,
     )
 

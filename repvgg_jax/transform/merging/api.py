@@ -11,7 +11,8 @@ from jax import lax
 
 from repvgg_jax.ops import conv_general_dilated
 from repvgg_jax.transform.merging.constants import Constant
-from repvgg_jax.transform.merging.interpreter import Interpreter
+from repvgg_jax.transform.merging.interpreter import interpret
+from repvgg_jax.transform.merging.program import Program
 from repvgg_jax.transform.merging.report import Change, describe, totals
 
 
@@ -41,10 +42,9 @@ class Reparameterized:
             )
         self._function, self._convolution, self._fewest = function, convolution, fewest
         self._variables = list(map(_abstract, leaves))
-        self._read: dict[Any, tuple[Interpreter, Any]] = {}
-        self._first, _ = self._interpreted(inputs, leaves)
-        program = self._first.program
-        self.params = {name: jax.device_put(value) for name, value in zip(program.names, program.values(), strict=True)}
+        self._programs: dict[Any, tuple[Program, Any]] = {}
+        self._first, _ = self._program(inputs, leaves)
+        self.params = {name: jax.device_put(value) for name, value in self._first.take_parameters().items()}
 
     def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
         """Compute what the function computes of the variables and these inputs.
@@ -59,19 +59,18 @@ class Reparameterized:
         Raises:
           ValueError: the parameters are not those of this function, or it needs others for inputs of these shapes.
         """
-        interpreter, structure = self._interpreted(inputs, None)
-        program = interpreter.program
+        program, structure = self._program(inputs, None)
         differing = {
-            name: (np.shape(params[name]) if name in params else "missing", constant.compact)
-            for name, constant in zip(program.names, program.constants, strict=True)
-            if name not in params or np.shape(params[name]) != constant.compact
+            name: (np.shape(params[name]) if name in params else "missing", constant.stored_shape)
+            for name, constant in program.parameters.items()
+            if name not in params or np.shape(params[name]) != constant.stored_shape
         }
         if differing:
             raise ValueError(
                 "the parameters are not those of this function: "
                 + "; ".join(f"{name} is {found}, expected {wanted}" for name, (found, wanted) in differing.items())
             )
-        outputs = program.run([params[name] for name in program.names], jax.tree.leaves(inputs))
+        outputs = program.run(params, jax.tree.leaves(inputs))
         return jax.tree.unflatten(structure, outputs)
 
     def __repr__(self) -> str:
@@ -88,30 +87,30 @@ class Reparameterized:
         """What was merged, what was left and why; convolutions, multiply-adds and array elements before and after."""
         return describe(self._first, self.totals)
 
-    def _interpreted(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
-        """The program for inputs of these shapes; values are needed for the first alone."""
+    def _program(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Program, Any]:
+        """The program for inputs of these shapes, and the structure of its results.
+
+        The values of the variables are needed for the first alone.
+        """
         flat, tree = jax.tree.flatten(tuple(inputs))
         avals = tuple(map(_abstract, flat))
         # What is traced depends on these two settings, too.
         settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # type: ignore[attr-defined]
         key = (tree, settings, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
-        if key not in self._read:
-            read = self._interpret(tree, avals, leaves)
+        if key not in self._programs:
+            program, structure = self._interpret(tree, avals, leaves)
             if leaves is None:
-                self._require_known(read[0])
-            self._read[key] = read
-        return self._read[key]
+                self._require_known(program)
+            self._programs[key] = program, structure
+        return self._programs[key]
 
-    def _require_known(self, interpreter: Interpreter) -> None:
+    def _require_known(self, program: Program) -> None:
         """A program for other inputs must do with the parameters that there are."""
-        ours, theirs = (
-            dict(zip(program.names, program.constants, strict=True))
-            for program in (self._first.program, interpreter.program)
-        )
+        known = {name: constant.fingerprint for name, constant in self._first.parameters.items()}
         unknown = [
-            f"{name} {constant.compact}"
-            for name, constant in theirs.items()
-            if name not in ours or ours[name].recipe != constant.recipe
+            f"{name} {constant.stored_shape}"
+            for name, constant in program.parameters.items()
+            if known.get(name) != constant.fingerprint
         ]
         if unknown:
             raise ValueError(
@@ -121,22 +120,21 @@ class Reparameterized:
                 "Reparameterize once for each such size, with inputs of it"
             )
 
-    def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Interpreter, Any]:
+    def _interpret(self, tree: Any, avals: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Program, Any]:
         variables = jax.tree.unflatten(self._structure, self._variables)
         trace = jax.make_jaxpr(self._function, return_shape=True)
         closed, shapes = trace(variables, *jax.tree.unflatten(tree, avals))
-        interpreter = Interpreter(self._convolution, self._fewest)
 
-        def variable(index: int, aval: Any) -> Constant:
+        def constant(index: int, aval: Any) -> Constant:
             def value() -> Any:
                 assert leaves is not None, "what is folded is decided by shapes alone"
                 return leaves[index]
 
-            return Constant(aval.shape, aval.dtype, value, recipe=("variable", index))
+            return Constant(aval.shape, aval.dtype, value, derivation=("variable", index))
 
-        constants = [variable(index, aval) for index, aval in enumerate(self._variables)]
-        interpreter.read(closed, [*constants, *map(interpreter.input, avals)])
-        return interpreter, jax.tree.structure(shapes)
+        constants = [constant(index, aval) for index, aval in enumerate(self._variables)]
+        program = interpret(closed, constants, convolution=self._convolution, fewest=self._fewest)
+        return program, jax.tree.structure(shapes)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,89 +1,166 @@
-"""Steps for values that were held back: elementwise maps, pads, and merged convolutions."""
+"""Builds a program: steps for values that were held back, which are elementwise maps, pads, and merged convolutions."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
-from repvgg_jax.transform.merging.affine import Affine, Node, Term, is_one, ones
+from repvgg_jax.transform.merging.affine import Affine, Node, PooledApart, Term, View, is_one, ones
 from repvgg_jax.transform.merging.compose import COSTLY
-from repvgg_jax.transform.merging.constants import Constant, bind
+from repvgg_jax.transform.merging.constants import Constant
+from repvgg_jax.transform.merging.equations import bind, convolutions, multiply_adds
 from repvgg_jax.transform.merging.merge import merge
-from repvgg_jax.transform.merging.program import Operand, Program, convolve, scale_and_shift
+from repvgg_jax.transform.merging.program import (
+    Given,
+    Group,
+    Operand,
+    Parameter,
+    Program,
+    Step,
+    convolve,
+)
 
 
-class Group(NamedTuple):
-    """How many convolutions became how many, and in which scope of names."""
-
-    scope: str
-    before: int
-    after: int
-
-
-class Emitter:
-    """Writes a program.
+class Builder:
+    """Collects what becomes a `Program`.
 
     Attributes:
-      program: so far.
-      scope: of the equation that is read.
-      groups: of the convolutions written so far.
-      convolved: the channel axis of every value that is a convolution.
       fewest: convolutions, whatever they cost.
-      left: why convolutions were not merged, and in which scopes.
+      scope: of the equation that is read.
+      channel_axes: of every value that is a convolution.
     """
 
     def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
         self.fewest = fewest
-        self.left: dict[str, list[str]] = {}
-        self.program, self.scope = Program(), ""
-        self.groups: list[Group] = []
-        self.convolved: dict[Node, int] = {}
+        self.scope = ""
+        self.channel_axes: dict[Node, int] = {}
         self._convolution = convolution
-        self._views: dict[Any, Node] = {}
+        self._convolutions, self._multiply_adds = 0, 0
+        self._groups: list[Group] = []
+        self._reasons: dict[str, list[str]] = {}
+        self._inputs: list[Node] = []
+        self._steps: list[Step] = []
+        self._parameters: dict[str, Constant] = {}
+        self._names: dict[int, str] = {}
+        self._views: dict[tuple[Node, View], Node] = {}
+        self._nodes = itertools.count()
 
-    def leave(self, reason: str) -> None:
+    def input(self, aval: jax.core.ShapedArray) -> Affine:
+        """A value that is given when the program runs."""
+        node = next(self._nodes)
+        self._inputs.append(node)
+        return _itself(node, aval)
+
+    def count(self, equation: JaxprEqn) -> None:
+        """Count what an equation of the function computes."""
+        self._convolutions += convolutions(equation)
+        self._multiply_adds += multiply_adds(equation)
+
+    def note(self, reason: str) -> None:
         """Note why what stands in this scope is not merged with what it reads."""
-        scopes, scope = self.left.setdefault(reason, []), _tidy(self.scope)
+        scopes, scope = self._reasons.setdefault(reason, []), _tidy(self.scope)
         if scope not in scopes:
             scopes.append(scope)
-
-    def value(self, node: Node, aval: Any) -> Affine:
-        """A value of the program, as the affine map of itself that it is."""
-        if not hasattr(aval, "shape"):
-            return Affine(node, (), aval)
-        return Affine(node, aval.shape, aval, scale=ones(aval))
 
     def operand(self, value: Constant | Affine, name: str) -> Operand:
         """The value as a step takes it: computed now, if it was held back."""
         if isinstance(value, Constant):
-            return self.program.parameter(value, f"{_tidy(self.scope)}/{name}")
+            return self._parameter(value, f"{_tidy(self.scope)}/{name}")
         return self.materialized(value).source
+
+    def keep(self, equation: JaxprEqn, operands: Sequence[Operand]) -> list[Affine]:
+        """Append an equation as it is."""
+        nodes = self._add(
+            lambda *values: bind(equation, values, equation.params),
+            operands,
+            results=len(equation.outvars),
+            convolutions=convolutions(equation),
+            multiply_adds=multiply_adds(equation),
+            keep=bool(equation.effects),
+        )
+        return [_itself(node, variable.aval) for node, variable in zip(nodes, equation.outvars, strict=True)]
 
     def materialized(self, value: Affine) -> Affine:
         """The value as one of the program's own, so that what follows is affine in it."""
         if value.terms:
-            return self.value(self._convolved(value), value.aval)
+            return _itself(self._convolved(value), value.aval)
         scale = None if is_one(value.scale) else value.scale
         if scale is None and value.shift is None:
-            return value if value.view is None else self.value(self._viewed(value), value.aval)
-        scope = _tidy(self.scope)
-        given = [
-            (constant, name) for constant, name in ((scale, "scale"), (value.shift, "shift")) if constant is not None
-        ]
-        (node,) = self.program.add(
-            lambda source, *rest: [
-                scale_and_shift(source, None if scale is None else rest[0], None if value.shift is None else rest[-1])
-            ],
-            [self._viewed(value), *(self.program.parameter(constant, f"{scope}/{name}") for constant, name in given)],
-            name="scale_and_shift",
+            return value if value.view is None else _itself(self._viewed(value), value.aval)
+        node = self._scaled_and_shifted(self._viewed(value), scale, value.shift, _tidy(self.scope))
+        return _itself(node, value.aval)
+
+    def build(self, outputs: Sequence[Operand]) -> Program:
+        """The program that computes these, without the steps and parameters that none of them needs."""
+        needed = {operand for operand in outputs if isinstance(operand, int)}
+        steps = []
+        for step in reversed(self._steps):
+            if step.keep or needed.intersection(step.results):
+                steps.append(step)
+                needed.update(operand for operand in step.operands if isinstance(operand, int))
+        operands = itertools.chain(outputs, *(step.operands for step in steps))
+        names = {operand.name for operand in operands if isinstance(operand, Parameter)}
+        return Program(
+            inputs=tuple(self._inputs),
+            steps=tuple(steps[::-1]),
+            outputs=tuple(outputs),
+            parameters={name: constant for name, constant in self._parameters.items() if name in names},
+            convolutions=self._convolutions,
+            multiply_adds=self._multiply_adds,
+            groups=tuple(self._groups),
+            reasons=self._reasons,
         )
-        return self.value(node, value.aval)
+
+    def _parameter(self, constant: Constant, name: str) -> Operand:
+        """The operand that a constant is; those that no variable enters stay in the program itself."""
+        if not constant.variable:
+            return Given(constant.rounded(), constant.shape)
+        stored = constant.stretched_from
+        if id(stored) not in self._names:
+            taken = sum(each == name or each.startswith(f"{name}.") for each in self._parameters)
+            self._names[id(stored)] = name = f"{name}.{taken}" if taken else name
+            self._parameters[name] = stored
+        return Parameter(self._names[id(stored)], constant.stored_shape, constant.shape, constant.dtype)
+
+    def _add(
+        self, run: Callable[..., Sequence[jax.Array]], operands: Sequence[Operand], results: int = 1, **fields: Any
+    ) -> tuple[Node, ...]:
+        """Append a step, with further fields of `Step`; returns its values."""
+        nodes = tuple(itertools.islice(self._nodes, results))
+        self._steps.append(Step(run, tuple(operands), nodes, **fields))
+        return nodes
+
+    def _scaled_and_shifted(
+        self,
+        source: Node,
+        scale: Constant | None,
+        shift: Constant | None,
+        scope: str,
+        of: Callable[[jax.Array], jax.Array] = lambda x: x,
+        axis: int | None = None,
+    ) -> Node:
+        """A step: what a function makes of the source, scaled and shifted, by vectors along an axis if one is given."""
+        given = {name: each for name, each in (("scale", scale), ("shift", shift)) if each is not None}
+        names = tuple(given)  # the step must not keep the values of the constants
+
+        def run(x: jax.Array, *values: jax.Array) -> Sequence[jax.Array]:
+            y = of(x)
+            if axis is not None:
+                values = tuple(value.reshape([-1 if each == axis else 1 for each in range(y.ndim)]) for value in values)
+            named = dict(zip(names, values, strict=True))
+            y = y * named["scale"] if "scale" in named else y
+            return [y + named["shift"] if "shift" in named else y]
+
+        operands = [source, *(self._parameter(constant, f"{scope}/{name}") for name, constant in given.items())]
+        return self._add(run, operands)[0]
 
     def _viewed(self, value: Affine) -> Node:
         view = value.view
@@ -97,69 +174,65 @@ class Emitter:
                 x = lax.pad(x, np.zeros((), x.dtype), config)
                 return [x if set(view.steps) == {1} else lax.slice(x, (0,) * x.ndim, x.shape, view.steps)]
 
-            (self._views[key],) = self.program.add(run, [value.source], name="pad")
+            (self._views[key],) = self._add(run, [value.source])
         return self._views[key]
 
     def _convolved(self, value: Affine) -> Node:
         scope = _common(value.scopes)
         terms, scale = merge(value, self.fewest)
         axis = terms[0].window.axes[1]
-        shift = None if value.shift is None else value.shift.vector(len(value.aval.shape), axis)
+        shift = value.shift_vector(axis)
         nodes = []
         for index, term in enumerate(terms):
             name = scope if len(terms) == 1 else f"{scope}/{index}"
             nodes.append(self._term(value, term, shift if index == 0 else None, name))
         if scale is not None:
-            nodes += self.program.add(
-                lambda source, scale: [source * scale],
-                [self._viewed(value), self.program.parameter(scale, f"{scope}/scale")],
-                name="mul",
-            )
+            operands = [self._viewed(value), self._parameter(scale, f"{scope}/scale")]
+            nodes += self._add(lambda source, scale: [source * scale], operands)
         total = nodes[0]
         for node in nodes[1:]:
-            (total,) = self.program.add(lambda a, b: [a + b], [total, node], name="add")
-        self.groups.append(Group(scope, len(value.scopes), len(terms)))
-        self.convolved[total] = axis
+            (total,) = self._add(lambda a, b: [a + b], [total, node])
+        self._groups.append(Group(scope, before=len(value.scopes), after=len(terms)))
+        self.channel_axes[total] = axis
         return total
 
     def _term(self, value: Affine, term: Term, shift: Constant | None, scope: str) -> Node:
         """One convolution, of the source or, where that is cheaper, of the value in between."""
-        source, bias = value.source, shift
-        if term.apart is not None:
-            self.left.setdefault(COSTLY.reason, []).append(scope)
-            source = self.materialized(term.apart.inner).source
-            if not isinstance(term.apart.outer, Term):
-                return self._pooled(value, term, source, shift, scope)
-            term = term.apart.outer
-        elif term.bias is not None:
-            bias = term.bias if shift is None else term.bias.map("add", np.add, shift, shape=term.bias.shape)
-        operands: list[Operand] = [source, self.program.parameter(term.kernel, f"{scope}/kernel")]
+        if term.apart is None:
+            return self._convolution_of(value.source, term, shift, value.aval, scope)
+        self._reasons.setdefault(COSTLY.reason, []).append(scope)
+        between = self.materialized(term.apart.between).source
+        if isinstance(term.apart, PooledApart):
+            axis, sums = term.window.axes[1], partial(_only_result, term.apart.equation)
+            return self._scaled_and_shifted(between, term.apart.scale, shift, scope, of=sums, axis=axis)
+        return self._convolution_of(between, term.apart.convolution, shift, value.aval, scope)
+
+    def _convolution_of(
+        self, source: Node, term: Term, shift: Constant | None, aval: jax.core.ShapedArray, scope: str
+    ) -> Node:
+        operands: list[Operand] = [source, self._parameter(term.kernel, f"{scope}/kernel")]
+        bias = term.bias_with(shift)
         if bias is not None:
-            operands.append(self.program.parameter(bias, f"{scope}/bias"))
-        (node,) = self.program.add(
+            operands.append(self._parameter(bias, f"{scope}/bias"))
+        (node,) = self._add(
             convolve(term.window, self._convolution),
             operands,
-            name="conv_general_dilated",
             convolutions=1,
-            multiply_adds=math.prod(term.kernel.shape[:-1]) * math.prod(value.aval.shape),
+            multiply_adds=math.prod(term.kernel.shape[:-1]) * math.prod(aval.shape),
         )
         return node
 
-    def _pooled(self, value: Affine, term: Term, source: Node, shift: Constant | None, scope: str) -> Node:
-        assert term.apart is not None
-        equation, axis = term.apart.outer, term.window.axes[1]
-        constants = {"scale": term.apart.scale, "shift": shift}
-        given = {name: constant for name, constant in constants.items() if constant is not None}
-        shape = [-1 if index == axis else 1 for index in range(len(value.aval.shape))]
 
-        def run(x: jax.Array, *vectors: jax.Array) -> Sequence[jax.Array]:
-            (pooled,) = bind(equation, [x], equation.params)
-            placed = {name: vector.reshape(shape) for name, vector in zip(given, vectors, strict=True)}
-            return [scale_and_shift(pooled, placed.get("scale"), placed.get("shift"))]
+def _itself(node: Node, aval: Any) -> Affine:
+    """A value of the program, as the affine map of itself that it is; a token has no shape."""
+    if not hasattr(aval, "shape"):
+        return Affine(node, (), aval)
+    return Affine(node, aval.shape, aval, scale=ones(aval))
 
-        operands = [source, *(self.program.parameter(each, f"{scope}/{name}") for name, each in given.items())]
-        (node,) = self.program.add(run, operands, name=equation.primitive.name)
-        return node
+
+def _only_result(equation: JaxprEqn, x: jax.Array) -> jax.Array:
+    (y,) = bind(equation, [x], equation.params)
+    return y
 
 
 def _common(scopes: Sequence[str]) -> str:

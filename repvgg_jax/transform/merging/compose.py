@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repvgg_jax.transform.merging.affine import Affine, Apart, Term, Window, is_one
+from repvgg_jax.transform.merging.affine import Affine, ConvolvedApart, Term, Window, is_one
 from repvgg_jax.transform.merging.constants import Constant
 from repvgg_jax.transform.merging.merge import merge
 
@@ -54,7 +54,7 @@ def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None]
         lambda kernel, scale: kernel * _by_group(scale, kernel, window.groups),
         scale,
         shape=term.kernel.shape,
-        by=window.groups,
+        static=window.groups,
     )
     if shift is None:
         return kernel, None
@@ -63,7 +63,7 @@ def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None]
         lambda kernel, shift: (kernel * _by_group(shift, kernel, window.groups)).sum(tuple(range(kernel.ndim - 1))),
         shift,
         shape=term.kernel.shape[-1:],
-        by=window.groups,
+        static=window.groups,
     )
     return kernel, bias
 
@@ -101,70 +101,68 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | Refusal:
         or any(step != 1 for step in (*a.source_dilation, *b.source_dilation))
     ):
         return _UNLIKE
-    bias = _total_bias(inner, first)
+    bias = first.bias_with(inner.shift_vector(a.axes[1]))
     if bias is not None and _pads(b):
         return _SHIFTED
-    if all(size == 1 for size in first.size) and all(step == 1 for step in a.strides) and not _crops(a):
-        padding = tuple(
-            (low + lower, high + higher) for (low, high), (lower, higher) in zip(a.padding, b.padding, strict=True)
-        )
-        window = dataclasses.replace(b, source_axes=a.source_axes, padding=padding)
-        kernel = second.kernel.map(
-            "1×1, then k×k",
-            lambda second, first: np.einsum("im,...mo->...io", first.reshape(first.shape[-2:]), second),
-            first.kernel,
-            shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
-        )
-    elif (
-        all(size == 1 for size in second.size)
-        and all(step == 1 for step in b.strides)
-        and not _pads(b)
-        and not _crops(b)
-    ):
-        window = dataclasses.replace(a, axes=b.axes)
-        kernel = first.kernel.map(
-            "k×k, then 1×1",
-            lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),
-            second.kernel,
-            shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
-        )
-    else:
+    one = _kernel_before(first, second) or _kernel_after(first, second)
+    if one is None:
         return _LARGE
-    through = None
-    if bias is not None:
-        through = second.kernel.map(
-            "bias through",
-            lambda kernel, bias: np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1])).sum(
-                tuple(range(kernel.ndim - 2))
-            ),
-            bias,
-            shape=second.kernel.shape[-1:],
-        )
-    cost = first.cost * pixels_read(second) + second.cost
-    term = Term(kernel, window, through)
-    return term if fewest or term.cost <= cost else dataclasses.replace(term, apart=Apart(inner, outer, None, cost))
+    term = Term(*one, None if bias is None else _through(second.kernel, bias))
+    cost = (first.cost if reads_between(second) else 0) + second.cost
+    if fewest or term.cost <= cost:
+        return term
+    return dataclasses.replace(term, apart=ConvolvedApart(inner, outer, cost))
 
 
-def pixels_read(outer: Term) -> int:
-    """At least so many pixels of the value in between are computed for one pixel of the result, however small it is.
+def _kernel_before(first: Term, second: Term) -> tuple[Constant, Window] | None:
+    """A single tap, and then any: the padding adds up."""
+    a, b = first.window, second.window
+    if any(size != 1 for size in first.size) or any(step != 1 for step in a.strides) or _crops(a):
+        return None
+    padding = tuple(
+        (low + lower, high + higher) for (low, high), (lower, higher) in zip(a.padding, b.padding, strict=True)
+    )
+    kernel = second.kernel.map(
+        "1×1, then k×k",
+        lambda second, first: np.einsum("im,...mo->...io", first.reshape(first.shape[-2:]), second),
+        first.kernel,
+        shape=(*second.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+    )
+    return kernel, dataclasses.replace(b, source_axes=a.source_axes, padding=padding)
+
+
+def _kernel_after(first: Term, second: Term) -> tuple[Constant, Window] | None:
+    """Any, and then a single tap, which leaves no pixel out and adds none."""
+    a, b = first.window, second.window
+    if any(size != 1 for size in second.size) or any(step != 1 for step in b.strides) or _pads(b) or _crops(b):
+        return None
+    kernel = first.kernel.map(
+        "k×k, then 1×1",
+        lambda first, second: np.einsum("...im,mo->...io", first, second.reshape(second.shape[-2:])),
+        second.kernel,
+        shape=(*first.size, first.kernel.shape[-2], second.kernel.shape[-1]),
+    )
+    return kernel, dataclasses.replace(a, axes=b.axes)
+
+
+def _through(kernel: Constant, bias: Constant) -> Constant:
+    """What a convolution without padding makes of a bias before it."""
+
+    def convolved(kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        products = np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1]))
+        return products.sum(tuple(range(kernel.ndim - 2)))
+
+    return kernel.map("bias through", convolved, bias, shape=kernel.shape[-1:])
+
+
+def reads_between(outer: Term) -> bool:
+    """Whether every pixel of the result reads at least one of the value in between, however small that is.
 
     From the window alone, so that images of every size are merged alike.
     """
     window = outer.window
     reach = [(size - 1) * step for size, step in zip(outer.size, window.dilation, strict=True)]
-    if any(low + high > span for (low, high), span in zip(window.padding, reach, strict=True)):
-        return 0
-    return 1
-
-
-def _total_bias(inner: Affine, term: Term) -> Constant | None:
-    shift = None
-    if inner.shift is not None:
-        shift = inner.shift.vector(len(inner.aval.shape), term.window.axes[1])
-        assert shift is not None
-    if term.bias is None or shift is None:
-        return shift if term.bias is None else term.bias
-    return term.bias.map("add", np.add, shift, shape=term.bias.shape)
+    return all(low + high <= span for (low, high), span in zip(window.padding, reach, strict=True))
 
 
 def _pads(window: Window) -> bool:

@@ -96,11 +96,8 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
         _placed(_regrouped(term, groups), sizes, [place[side] for place in places])
         for side, term in enumerate((left, right))
     ]
-    biases = [term.bias for term in (left, right) if term.bias is not None]
-    bias = (
-        biases[0].map("add", np.add, biases[1], shape=biases[0].shape) if len(biases) == 2 else next(iter(biases), None)
-    )
-    return Term(kernels[0].map("add", np.add, kernels[1], shape=kernels[0].shape), window, bias)
+    kernel = kernels[0].map("add", np.add, kernels[1], shape=kernels[0].shape)
+    return Term(kernel, window, left.bias_with(right.bias))
 
 
 def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
@@ -118,7 +115,7 @@ def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Co
         (first, size - first - own) for size, first, own in zip(sizes, firsts, kernel.shape[:spatial], strict=True)
     ]
     shape = (*sizes, *kernel.shape[spatial:])
-    return kernel.map("pad", lambda value: np.pad(value, [*widths, (0, 0), (0, 0)]), shape=shape, by=widths)
+    return kernel.map("pad", lambda value: np.pad(value, [*widths, (0, 0), (0, 0)]), shape=shape, static=widths)
 
 
 def _regrouped(term: Term, groups: int) -> Constant:
@@ -138,4 +135,4 @@ def _regrouped(term: Term, groups: int) -> Constant:
             wide[..., first : first + within, columns] = value[..., columns]
         return wide
 
-    return term.kernel.map("regroup", regroup, shape=(*spatial, within * ratio, out), by=(before, groups))
+    return term.kernel.map("regroup", regroup, shape=(*spatial, within * ratio, out), static=(before, groups))

@@ -1,4 +1,29 @@
-"""What each primitive does to values that are affine in another; None leaves the equation as it is."""
+"""What each primitive does to a value that is affine in another; None leaves the equation as it is.
+
+A value is the sum of convolutions of a source x, of x itself times a scale, and of a shift, each by channel:
+
+  y = Σᵢ (kᵢ ∗ x + bᵢ) + a x + c
+
+The primitives that are linear, or affine where an operand is constant, make another such sum of it, in which s and t
+are constants of each channel and ∗ is a convolution. By family, in the order of the tables below:
+
+  mul       s y          =  Σ (s kᵢ ∗ x + s bᵢ) + s a x + s c
+  div       y / s        =  (1/s) y
+  neg       -y           =  (-1) y
+  add       y + t        :  c becomes c + t
+            y + y'       :  the terms stand together, a + a', c + c'; `merge` makes one kernel of those that fit
+  sub       y - t, y - y', t - y  by add and neg
+  convert_element_type  y, where the dtype stays
+
+  convolution of x             a term (k, 0)
+              of a x + c       k ∗ (a x + c)          =  (k a) ∗ x + Σ k c                without padding, if c ≠ 0
+              of k₁ ∗ x + b₁   k₂ ∗ (k₁ ∗ x + b₁)     =  (k₂ k₁) ∗ x + Σ k₂ b₁            one of the two with one tap
+              of x, padded or cropped                 =  k ∗ x with other padding
+  pad, slice  a view of x, should a convolution beside or after it take it in
+  reduce_window_sum of k ∗ x + b  =  1 ∗ (k ∗ x + b)  with a kernel of ones for each channel
+
+Kernels have in/groups and out as their last axes, so that s k scales the last axis, and k a the one before it.
+"""
 
 from __future__ import annotations
 
@@ -6,63 +31,81 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
-from repvgg_jax.transform.merging.affine import Affine, Apart, Term, View, Window, ones
-from repvgg_jax.transform.merging.builder import Emitter
-from repvgg_jax.transform.merging.compose import Refusal, compose, pixels_read, scale_before
+from repvgg_jax.transform.merging.affine import Affine, PooledApart, Term, View, Window, ones
+from repvgg_jax.transform.merging.builder import Builder
+from repvgg_jax.transform.merging.compose import Refusal, compose, reads_between, scale_before
 from repvgg_jax.transform.merging.constants import Constant, is_static
+from repvgg_jax.transform.merging.equations import result_aval
 
 Value = Constant | Affine
 
 
-def _convolution(emitter: Emitter, equation: Any, source: Value, kernel: Value) -> Value | None:
+def _convolution(builder: Builder, equation: JaxprEqn, source: Value, kernel: Value) -> Value | None:
+    aval, params = result_aval(equation), equation.params
     if not isinstance(kernel, Constant) or not isinstance(source, Affine):
         return None
-    aval, p = equation.outvars[0].aval, equation.params
-    if kernel.dtype != aval.dtype or source.aval.dtype != aval.dtype:
+    if kernel.dtype != aval.dtype or source.aval.dtype != aval.dtype or not _is_static(params["padding"]):
         return None
-    if not _is_static(p["padding"]):
-        return None
-    numbers = p["dimension_numbers"]
+    term, scopes = _term(kernel, params), (*source.scopes, builder.scope)
+    taken_in = _taken_in(builder, source, term)
+    if taken_in is not None:
+        return source.reading(aval, taken_in, scopes)
+    source = builder.materialized(source)
+    return Affine(source.source, source.aval.shape, aval, terms=(term,), scopes=scopes[-1:])
+
+
+def _term(kernel: Constant, params: dict[str, Any]) -> Term:
+    """A convolution as a term, its kernel's axes in our order."""
+    numbers = params["dimension_numbers"]
     out, within, *spatial = numbers.rhs_spec
     order = (*spatial, within, out)
-    shape = tuple(kernel.shape[axis] for axis in order)
-    canonical = kernel.map(
-        "transpose", lambda value: np.broadcast_to(value, kernel.shape).transpose(order), shape=shape, by=order
+    ordered = kernel.map(
+        "transpose",
+        lambda value: np.broadcast_to(value, kernel.shape).transpose(order),
+        shape=tuple(kernel.shape[axis] for axis in order),
+        static=order,
     )
     window = Window(
-        tuple(p["window_strides"]),
-        tuple((int(low), int(high)) for low, high in p["padding"]),
-        tuple(p["lhs_dilation"]),
-        tuple(p["rhs_dilation"]),
-        p["feature_group_count"],
-        p["batch_group_count"],
-        tuple(numbers.lhs_spec),
-        tuple(numbers.out_spec),
-        p["precision"],
-        p["preferred_element_type"],
+        strides=tuple(params["window_strides"]),
+        padding=_whole(params["padding"]),
+        source_dilation=tuple(params["lhs_dilation"]),
+        dilation=tuple(params["rhs_dilation"]),
+        groups=params["feature_group_count"],
+        batch_groups=params["batch_group_count"],
+        source_axes=tuple(numbers.lhs_spec),
+        axes=tuple(numbers.out_spec),
+        precision=params["precision"],
+        preferred=params["preferred_element_type"],
     )
-    term, scopes = Term(canonical, window), (*source.scopes, emitter.scope)
+    return Term(ordered, window)
+
+
+def _taken_in(builder: Builder, source: Affine, term: Term) -> Term | None:
+    """What was held back before a convolution, and the convolution, in one; None where no single one is exact."""
     if source.is_view:
-        widened = _widened(window, source)
-        if widened is not None:
-            term = Term(canonical, widened)
-            return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
-    elif source.terms:
-        composed = compose(source, term, emitter.fewest)
-        if not isinstance(composed, Refusal):
-            return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=scopes)
-        emitter.leave(composed.reason)
+        widened = _widened(term.window, source)
+        return None if widened is None else Term(term.kernel, widened)
+    if source.terms:
+        composed = compose(source, term, builder.fewest)
+        if isinstance(composed, Term):
+            return composed
+        builder.note(composed.reason)
     elif source.view is None:
-        before = scale_before(source, term)
-        if isinstance(before, Refusal):
-            emitter.leave(before.reason)
-        elif before is not None:
-            term = Term(before[0], window, before[1])
-            return Affine(source.source, source.source_shape, aval, terms=(term,), scopes=scopes)
-    source = emitter.materialized(source)
-    return Affine(source.source, source.aval.shape, aval, terms=(term,), scopes=scopes[-1:])
+        scaled = scale_before(source, term)
+        if isinstance(scaled, Refusal):
+            builder.note(scaled.reason)
+        elif scaled is not None:
+            kernel, bias = scaled
+            return Term(kernel, term.window, bias)
+    return None
+
+
+def _whole(padding: Sequence[tuple[Any, Any]]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(low), int(high)) for low, high in padding)
 
 
 def _is_static(padding: Sequence[tuple[Any, Any]]) -> bool:
@@ -70,7 +113,7 @@ def _is_static(padding: Sequence[tuple[Any, Any]]) -> bool:
     return all(map(is_static, padding))
 
 
-def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value | None:
+def _pad(builder: Builder, equation: JaxprEqn, source: Value, value: Value) -> Value | None:
     config = equation.params["padding_config"]
     if not isinstance(source, Affine) or not isinstance(value, Constant) or value.variable or np.any(value.value != 0):
         return None
@@ -78,10 +121,10 @@ def _pad(emitter: Emitter, equation: Any, source: Value, value: Value) -> Value 
         return None
     if any(low < 0 or high < 0 or between for low, high, between in config):
         return None
-    return _view(emitter, equation, source, [(int(low), int(high)) for low, high, _ in config], (1,) * len(config))
+    return _view(builder, equation, source, _whole([widths[:2] for widths in config]), (1,) * len(config))
 
 
-def _slice(emitter: Emitter, equation: Any, source: Value) -> Value | None:
+def _slice(builder: Builder, equation: JaxprEqn, source: Value) -> Value | None:
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
     if not isinstance(source, Affine):
         return None
@@ -90,13 +133,13 @@ def _slice(emitter: Emitter, equation: Any, source: Value) -> Value | None:
     if not _is_static(padding):
         return None
     steps = equation.params["strides"] or (1,) * len(padding)
-    return _view(emitter, equation, source, padding, tuple(steps))
+    return _view(builder, equation, source, padding, tuple(steps))
 
 
 def _view(
-    emitter: Emitter, equation: Any, source: Affine, padding: Sequence[tuple[int, int]], steps: tuple[int, ...]
+    builder: Builder, equation: JaxprEqn, source: Affine, padding: Sequence[tuple[int, int]], steps: tuple[int, ...]
 ) -> Affine:
-    source, aval = emitter.materialized(source), equation.outvars[0].aval
+    source, aval = builder.materialized(source), result_aval(equation)
     return dataclasses.replace(source, aval=aval, scale=ones(aval), view=View(tuple(padding), steps))
 
 
@@ -116,112 +159,125 @@ def _widened(window: Window, source: Affine) -> Window | None:
     return dataclasses.replace(window, padding=both)
 
 
-def _pool(emitter: Emitter, equation: Any, source: Value) -> Value | None:
+def _pool(builder: Builder, equation: JaxprEqn, source: Value) -> Value | None:
     """A sum over windows: a convolution of each channel with ones, should a convolution beside it take it in."""
-    p, aval = equation.params, equation.outvars[0].aval
-    if not isinstance(source, Affine) or not source.terms or len(source.terms) != 1:
+    if not isinstance(source, Affine) or len(source.terms) != 1:
         return None
-    window = source.terms[0].window
-    sizes = tuple(p["window_dimensions"])
-    batch, channel, *spatial = window.axes
-    other = [(sizes[axis], p["window_strides"][axis], tuple(p["padding"][axis])) for axis in (batch, channel)]
-    if not _is_static(p["padding"]) or other != [(1, 1, (0, 0))] * 2 or any(step != 1 for step in p["base_dilation"]):
+    aval, (inner,) = result_aval(equation), source.terms
+    pooling = _pooling(equation.params, inner.window, source.aval)
+    if pooling is None:
         return None
-    pick = lambda values: tuple(values[axis] for axis in spatial)  # noqa: E731
-    channels = source.aval.shape[channel]
-    shape = (*pick(sizes), channels, channels)
-    ones = lambda: np.broadcast_to(np.eye(channels), shape)  # noqa: E731
-    kernel = Constant(shape, aval.dtype, ones, recipe=("ones by channel",), variable=False)
-    outer = Window(
-        pick(p["window_strides"]),
-        tuple((int(low), int(high)) for low, high in pick(p["padding"])),
-        (1,) * len(spatial),
-        pick(p["window_dilation"]),
-        1,
-        1,
-        window.axes,
-        window.axes,
-        window.precision,
-        window.preferred,
-    )
-    ones_term = Term(kernel, outer)
-    composed = compose(source, ones_term, emitter.fewest)
+    composed = compose(source, pooling, builder.fewest)
     if isinstance(composed, Refusal):
         return None
-    if not emitter.fewest:
-        cost = source.terms[0].cost * pixels_read(ones_term)
-        composed = dataclasses.replace(composed, apart=Apart(source, equation, None, cost))
-    return Affine(source.source, source.source_shape, aval, terms=(composed,), scopes=source.scopes)
+    if not builder.fewest:
+        cost = inner.cost if reads_between(pooling) else 0
+        composed = dataclasses.replace(composed, apart=PooledApart(source, equation, None, cost))
+    return source.reading(aval, composed, source.scopes)
 
 
-def _multiply(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+def _pooling(params: dict[str, Any], inner: Window, source: jax.core.ShapedArray) -> Term | None:
+    """The sum over windows as a convolution of what another makes; None where it is none of each channel."""
+    sizes, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
+    batch, channel, *spatial = inner.axes
+    if not _is_static(padding) or any(step != 1 for step in params["base_dilation"]):
+        return None
+    if any((sizes[axis], strides[axis], tuple(padding[axis])) != (1, 1, (0, 0)) for axis in (batch, channel)):
+        return None
+    channels = source.shape[channel]
+    shape = (*(sizes[axis] for axis in spatial), channels, channels)
+    kernel = Constant(
+        shape,
+        source.dtype,
+        lambda: np.broadcast_to(np.eye(channels), shape),
+        derivation=("ones by channel",),
+        variable=False,
+    )
+    window = dataclasses.replace(
+        inner,
+        strides=tuple(strides[axis] for axis in spatial),
+        padding=_whole([padding[axis] for axis in spatial]),
+        source_dilation=(1,) * len(spatial),
+        dilation=tuple(params["window_dilation"][axis] for axis in spatial),
+        groups=1,
+        batch_groups=1,
+        source_axes=inner.axes,
+    )
+    return Term(kernel, window)
+
+
+def _multiply(builder: Builder, equation: JaxprEqn, left: Value, right: Value) -> Value | None:
     affine, constant = (left, right) if isinstance(left, Affine) else (right, left)
     if isinstance(affine, Affine) and isinstance(constant, Constant):
         return affine.times(constant)
     return None
 
 
-def _divide(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+def _divide(builder: Builder, equation: JaxprEqn, left: Value, right: Value) -> Value | None:
     if isinstance(left, Affine) and isinstance(right, Constant):
         return left.times(_mapped(right, np.reciprocal))
     return None
 
 
-def _add(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+def _add(builder: Builder, equation: JaxprEqn, left: Value, right: Value) -> Value | None:
     if isinstance(left, Affine) and isinstance(right, Affine):
         return left.add(right)
     affine, constant = (left, right) if isinstance(left, Affine) else (right, left)
     return affine.plus(constant) if isinstance(affine, Affine) and isinstance(constant, Constant) else None
 
 
-def _subtract(emitter: Emitter, equation: Any, left: Value, right: Value) -> Value | None:
+def _subtract(builder: Builder, equation: JaxprEqn, left: Value, right: Value) -> Value | None:
     if isinstance(right, Constant):
-        return _add(emitter, equation, left, _mapped(right, np.negative))
-    negated = _negate(emitter, equation, right)
-    return None if negated is None else _add(emitter, equation, left, negated)
+        return _add(builder, equation, left, _mapped(right, np.negative))
+    negated = _negate(builder, equation, right)
+    return None if negated is None else _add(builder, equation, left, negated)
 
 
-def _negate(emitter: Emitter, equation: Any, value: Value) -> Value | None:
+def _negate(builder: Builder, equation: JaxprEqn, value: Value) -> Value | None:
     if not isinstance(value, Affine):
         return None
-    minus = Constant((), value.aval.dtype, lambda: np.asarray(-1.0), recipe=("minus one",), variable=False)
+    minus = Constant((), value.aval.dtype, lambda: np.asarray(-1.0), derivation=("minus one",), variable=False)
     return value.times(minus)
 
 
-def _cast(emitter: Emitter, equation: Any, value: Value) -> Value | None:
+def _cast(builder: Builder, equation: JaxprEqn, value: Value) -> Value | None:
     # Another dtype rounds elsewhere than the fold would.
     if isinstance(value, Affine) and value.aval.dtype == equation.params["new_dtype"]:
         return value
     if isinstance(value, Affine) and value.terms:
-        emitter.leave(
+        builder.note(
             "the dtype changes after a convolution, and a fold would round elsewhere: merge in float32, then cast"
         )
     return None
 
 
-def _mapped(constant: Constant, function: Any) -> Constant:
+def _mapped(constant: Constant, function: Callable[[np.ndarray], np.ndarray]) -> Constant:
     return Constant(
         constant.shape,
         constant.dtype,
         lambda: function(constant.value),
-        recipe=(function.__name__, constant.recipe),
-        compact=constant.compact,
+        derivation=(function.__name__, constant.fingerprint),
+        stored_shape=constant.stored_shape,
         variable=constant.variable,
     )
 
 
-RULES: dict[str, Callable[..., Value | None]] = {
-    "conv_general_dilated": _convolution,
+Rule = Callable[..., Value | None]
+
+# Their operands have the shape of the result, or are constants.
+ELEMENTWISE: dict[str, Rule] = {
     "mul": _multiply,
     "div": _divide,
+    "neg": _negate,
     "add": _add,
     "add_any": _add,
     "sub": _subtract,
-    "neg": _negate,
     "convert_element_type": _cast,
+}
+# Their results have other shapes than their operands.
+WINDOWED: dict[str, Rule] = {
+    "conv_general_dilated": _convolution,
     "pad": _pad,
     "slice": _slice,
     "reduce_window_sum": _pool,
 }
-# Their results have other shapes than their operands.
-STRETCHING = ("conv_general_dilated", "pad", "reduce_window_sum", "slice")

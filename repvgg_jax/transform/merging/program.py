@@ -1,10 +1,10 @@
-"""The program that is left: a list of steps over numbered values and a flat list of parameters."""
+"""The program that is left: a list of steps over numbered values and named parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,17 @@ from repvgg_jax.transform.merging.constants import Constant, is_key
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A place in the list of parameters; what stands there is reshaped to `compact` and broadcast to `shape`."""
+    """A parameter by name; it is reshaped to `stored_shape` and broadcast to `shape`."""
 
-    index: int
-    compact: tuple[int, ...]
+    name: str
+    stored_shape: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """An array that the function itself holds, in its compact shape, broadcast to `shape`."""
+    """An array that the function itself holds, in the shape it is stored in, broadcast to `shape`."""
 
     value: np.ndarray
     shape: tuple[int, ...]
@@ -43,85 +43,52 @@ class Step:
     run: Callable[..., Sequence[jax.Array]]
     operands: tuple[Operand, ...]
     results: tuple[Node, ...]
-    name: str
     convolutions: int = 0
     multiply_adds: int = 0
     keep: bool = False
     """Whether it stays though no output needs it: it prints, say."""
 
 
+class Group(NamedTuple):
+    """How many convolutions became how many, and in which scope of names."""
+
+    scope: str
+    before: int
+    after: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
-    """Steps in order, grown by the interpreter."""
+    """Steps in order, and what was done to make them.
 
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.constants: list[Constant] = []
-        self.names: list[str] = []
-        self.outputs: list[Operand] = []
-        self.inputs: list[Node] = []
-        self._indices: dict[int, int] = {}
-        self._next = 0
+    Attributes:
+      inputs: the values that are given when it runs.
+      steps: that compute the others.
+      outputs: what it returns.
+      parameters: by name, in the order in which they were first read.
+      convolutions: of the function that was read.
+      multiply_adds: of the convolutions and products of that function.
+      groups: of convolutions that were merged.
+      reasons: why convolutions were not merged, and in which scopes.
+    """
 
-    def node(self) -> Node:
-        """A new value."""
-        self._next += 1
-        return self._next - 1
+    inputs: tuple[Node, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Operand, ...]
+    parameters: Mapping[str, Constant]
+    convolutions: int
+    multiply_adds: int
+    groups: tuple[Group, ...]
+    reasons: Mapping[str, Sequence[str]]
 
-    def parameter(self, constant: Constant, name: str) -> Operand:
-        """The operand that a constant is; those that no variable enters stay in the program itself."""
-        if not constant.variable:
-            return Given(rounded(constant), constant.shape)
-        base = constant.base
-        index = self._indices.get(id(base))
-        if index is None:
-            index = self._indices[id(base)] = len(self.constants)
-            self.constants.append(base)
-            taken = sum(each == name or each.startswith(f"{name}.") for each in self.names)
-            self.names.append(f"{name}.{taken}" if taken else name)
-        return Parameter(index, constant.compact, constant.shape, constant.dtype)
-
-    def add(
-        self,
-        run: Callable[..., Sequence[jax.Array]],
-        operands: Sequence[Operand],
-        *,
-        name: str,
-        results: int = 1,
-        convolutions: int = 0,
-        multiply_adds: int = 0,
-        keep: bool = False,
-    ) -> tuple[Node, ...]:
-        """Append a step; returns its values."""
-        nodes = tuple(self.node() for _ in range(results))
-        self.steps.append(Step(run, tuple(operands), nodes, name, convolutions, multiply_adds, keep))
-        return nodes
-
-    def prune(self) -> None:
-        """Leave out steps and parameters that no output needs."""
-        needed = {operand for operand in self.outputs if isinstance(operand, int)}
-        kept = []
-        for step in reversed(self.steps):
-            if step.keep or needed.intersection(step.results):
-                kept.append(step)
-                needed.update(operand for operand in step.operands if isinstance(operand, int))
-        self.steps = kept[::-1]
-        used = [o.index for step in self.steps for o in step.operands if isinstance(o, Parameter)]
-        used += [o.index for o in self.outputs if isinstance(o, Parameter)]
-        order = {old: new for new, old in enumerate(sorted(set(used)))}
-        renumber = lambda o: dataclasses.replace(o, index=order[o.index]) if isinstance(o, Parameter) else o  # noqa: E731
-        self.steps = [dataclasses.replace(s, operands=tuple(map(renumber, s.operands))) for s in self.steps]
-        self.outputs = [renumber(operand) for operand in self.outputs]
-        self.constants = [self.constants[old] for old in order]
-        self.names = [self.names[old] for old in order]
-
-    def values(self) -> list[np.ndarray]:
-        """The parameters, computed in float64 and rounded once; they can be had once."""
-        values = [rounded(constant) for constant in self.constants]
-        for constant in self.constants:
+    def take_parameters(self) -> dict[str, Any]:
+        """The parameters, computed in float64, rounded once and not kept here: they can be had once."""
+        values = {name: constant.rounded() for name, constant in self.parameters.items()}
+        for constant in self.parameters.values():
             constant.forget()
         return values
 
-    def run(self, parameters: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+    def run(self, parameters: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs."""
         values: dict[Node, jax.Array] = dict(zip(self.inputs, inputs, strict=True))
 
@@ -129,18 +96,13 @@ class Program:
             if isinstance(operand, int):
                 return values[operand]
             if isinstance(operand, Parameter):
-                parameter = jnp.asarray(parameters[operand.index], None if is_key(operand.dtype) else operand.dtype)
-                return jnp.broadcast_to(parameter.reshape(operand.compact), operand.shape)
+                parameter = jnp.asarray(parameters[operand.name], None if is_key(operand.dtype) else operand.dtype)
+                return jnp.broadcast_to(parameter.reshape(operand.stored_shape), operand.shape)
             return jnp.broadcast_to(operand.value, operand.shape)
 
         for step in self.steps:
             values.update(zip(step.results, step.run(*map(get, step.operands)), strict=True))
         return [get(output) for output in self.outputs]
-
-
-def rounded(constant: Constant) -> Any:
-    """The value in the dtype of the program."""
-    return constant.value if is_key(constant.dtype) else constant.value.astype(constant.dtype)
 
 
 def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[..., Sequence[jax.Array]]:
@@ -152,15 +114,15 @@ def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[
         y = convolution(
             source,
             kernel,
-            window.strides,
-            window.padding,
-            window.source_dilation,
-            window.dilation,
-            numbers,
-            window.groups,
-            window.batch_groups,
-            window.precision,
-            window.preferred,
+            window_strides=window.strides,
+            padding=window.padding,
+            lhs_dilation=window.source_dilation,
+            rhs_dilation=window.dilation,
+            dimension_numbers=numbers,
+            feature_group_count=window.groups,
+            batch_group_count=window.batch_groups,
+            precision=window.precision,
+            preferred_element_type=window.preferred,
         )
         if bias is None:
             return [y]
@@ -169,9 +131,3 @@ def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[
         return [y + bias.reshape(shape)]
 
     return run
-
-
-def scale_and_shift(source: jax.Array, scale: jax.Array | None, shift: jax.Array | None) -> jax.Array:
-    """An elementwise map with constants broadcast."""
-    y = source if scale is None else source * scale
-    return y if shift is None else y + shift

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from repvgg_jax.transform.merging.interpreter import Interpreter
+from repvgg_jax.transform.merging.program import Program
 
 
 class Change(NamedTuple):
@@ -17,25 +17,23 @@ class Change(NamedTuple):
     after: int
 
 
-def totals(interpreter: Interpreter, elements: Change) -> dict[str, Change]:
+def totals(program: Program, elements: Change) -> dict[str, Change]:
     """Convolutions, multiply-adds and array elements, before and after."""
-    steps = interpreter.program.steps
-    convolutions = sum(step.convolutions for step in steps)
     return {
-        "convolutions": Change(interpreter.convolutions, convolutions),
-        "multiply-adds": Change(interpreter.multiply_adds, sum(step.multiply_adds for step in steps)),
+        "convolutions": Change(program.convolutions, sum(step.convolutions for step in program.steps)),
+        "multiply-adds": Change(program.multiply_adds, sum(step.multiply_adds for step in program.steps)),
         "array elements": elements,
     }
 
 
-def describe(interpreter: Interpreter, figures: Mapping[str, Change]) -> str:
+def describe(program: Program, figures: Mapping[str, Change]) -> str:
     """Tables of the totals and of the groups, and what was left, with the reason."""
     rows = [(name, f"{change.before:,}", f"{change.after:,}") for name, change in figures.items()]
     lines = [tabulate(rows, ("", "before", "after"), colalign=("left", "right", "right"))]
-    merged = [group for group in interpreter.groups if group.before > group.after]
+    merged = [group for group in program.groups if group.before > group.after]
     if merged:
         lines.append(tabulate(merged, ("merged", "convolutions before", "after")))
-    for reason, scopes in interpreter.left.items():
+    for reason, scopes in program.reasons.items():
         shown = ", ".join(scopes[:3]) + (f" and {len(scopes) - 3} more" if len(scopes) > 3 else "")
         lines.append(f"left apart in {shown}: {reason}")
     return "\n\n".join(lines)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.transform import reparameterize
-from repvgg_jax.transform.merging import constants
+from repvgg_jax.transform.merging import evaluate
 from tests.transform.merging.networks import convolve
 
 
@@ -89,7 +89,7 @@ def test_the_arithmetic_of_batch_norms_compiles_nothing(monkeypatch):
     v["kernel"] = random.normal(size=(1, 1, 3, 5)).astype(np.float32)
     x = random.normal(size=(1, 4, 4, 3)).astype(np.float32)
     compiled = []
-    monkeypatch.setattr(constants, "_on_host", lambda equation, *_: compiled.append(equation.primitive.name))
+    monkeypatch.setattr(evaluate, "_on_host", lambda equation, *_: compiled.append(equation.primitive.name))
     fused = reparameterize(batch_norm, v, x)
     assert compiled == []
     np.testing.assert_allclose(fused(fused.params, x), batch_norm(v, x), rtol=1e-5, atol=1e-5)
