@@ -4,6 +4,7 @@ Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax.models.blocks import ConvBN
-from repvgg_jax.models.operations import Operations, convolution
+from repvgg_jax.models.conv import Conv, Operations
+from repvgg_jax.models.norm import BatchNorm
 
 # (blocks in each stage, bottleneck?)
 DEPTHS = {
@@ -35,18 +37,13 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Map `(batch, height, width, channels)` to logits."""
 
+        conv = partial(Conv, dtype=self.dtype, ops=self.ops)
+        norm = partial(BatchNorm, dtype=self.dtype, ops=self.ops)
+
         def unit(features: int, side: int, stride: int, *, name: str) -> Callable[..., jax.Array]:
             if not self.deploy:
-                return ConvBN(features, side, stride, dtype=self.dtype, ops=self.ops, name=name)
-            convolve = nn.Conv(
-                features,
-                (side, side),
-                strides=stride,
-                padding=((side // 2, side // 2),) * 2,
-                dtype=self.dtype,
-                conv_general_dilated=convolution(self.ops, self.is_initializing()),
-                name=name,
-            )
+                return ConvBN(features, side, stride, conv=conv, norm=norm, name=name)
+            convolve = conv(features, side, stride, name=name)
             return lambda x, *, train: convolve(x)
 
         x = nn.relu(unit(64, 7, 2, name="stem")(images, train=train))

@@ -1,6 +1,6 @@
 """RepVGG as flax.linen modules, in training form and deploy form, and the table of published networks."""
 
-from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite
+from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite, layers
 from repvgg_jax.models.forms import fuse_model, reopen_model
 from repvgg_jax.models.inference import compile_inference
 from repvgg_jax.models.repvgg import PARTS, RepVGG
@@ -19,6 +19,7 @@ __all__ = [
     "compile_inference",
     "create_model",
     "fuse_model",
+    "layers",
     "reopen_model",
     "summarize",
 ]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.models.operations import Operations
+from repvgg_jax.models.conv import Operations
 from repvgg_jax.ops import batch_norm_train
 
 

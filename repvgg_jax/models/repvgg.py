@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcitePosition, kernel_init, whole
-from repvgg_jax.models.operations import Operations
+from repvgg_jax.models.blocks import AuxiliaryHead, RepVGGBlock, SqueezeExcitePosition, layers, spatial_mean
+from repvgg_jax.models.conv import Operations
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
 
@@ -23,34 +23,6 @@ class BlockSetting(NamedTuple):
     stride: int
     dilation: int
     groups: int
-
-
-class AuxiliaryHead(nn.Module):
-    """A classifier on an inner stage, for training only: 3×3 stride-2 ConvBN, ReLU, mean, dense."""
-
-    num_classes: int
-    epsilon: float = 1e-5
-    momentum: float = 0.9
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    ops: Operations = "auto"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map `(batch, height, width, channels)` to logits `(batch, num_classes)`."""
-        x = ConvBN(
-            x.shape[-1],
-            3,
-            stride=2,
-            epsilon=self.epsilon,
-            momentum=self.momentum,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            ops=self.ops,
-            name="conv_bn",
-        )(x, train=train)
-        head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
-        return head(_spatial_mean(nn.relu(x)))
 
 
 class RepVGG(nn.Module):
@@ -150,7 +122,7 @@ class RepVGG(nn.Module):
                 f"images are {images.shape}: expected (batch, height, width, channels), but the channels seem to come "
                 "first; images.transpose(0, 2, 3, 1) puts them last"
             )
-        policy: dict[str, Any] = dict(
+        made_of = layers(
             epsilon=self.epsilon,
             momentum=self.momentum,
             dtype=self.dtype,
@@ -162,7 +134,7 @@ class RepVGG(nn.Module):
             deploy=self.deploy,
             squeeze_excite=self.squeeze_excite,
             squeeze_excite_reduction=self.squeeze_excite_reduction,
-            **policy,
+            **made_of,
         )
         use_auxiliary = self.auxiliary_heads and not self.deploy
 
@@ -180,7 +152,7 @@ class RepVGG(nn.Module):
             return jax.lax.stop_gradient(x)
 
         def auxiliary(name: str, x: jax.Array) -> None:
-            head = AuxiliaryHead(self.num_classes, **policy, name=name)
+            head = AuxiliaryHead(self.num_classes, **made_of, name=name)
             ends[name] = head(jax.lax.stop_gradient(x) if frozen else x, train=train)
 
         if self.remat:
@@ -197,16 +169,11 @@ class RepVGG(nn.Module):
             x = end(f"stage{stage}", x)
             if use_auxiliary and stage in (1, 2):
                 auxiliary(f"stage{stage}_aux", x)
-        ends["pooled"] = _spatial_mean(x)
-        head = nn.Dense(self.num_classes, kernel_init=kernel_init, param_dtype=self.param_dtype, name="head")
-        ends["logits"] = head(ends["pooled"])
+        ends["pooled"] = spatial_mean(x)
+        ends["logits"] = made_of["dense"](self.num_classes, dtype=None, name="head")(ends["pooled"])
 
         if features:
             return ends
         if use_auxiliary and train:
             return ends["logits"], {name: ends[name] for name in ends if name.endswith("_aux")}
         return ends["logits"]
-
-
-def _spatial_mean(x: jax.Array) -> jax.Array:
-    return whole(x).mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from repvgg_jax.models.blocks import SqueezeExcitePosition
-from repvgg_jax.models.operations import Operations
+from repvgg_jax.models.conv import Operations
 from repvgg_jax.models.repvgg import PARTS, RepVGG
 
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from repvgg_jax import fuse
-from repvgg_jax.models import RepVGGBlock
+from repvgg_jax.models import RepVGGBlock, layers
+from repvgg_jax.models.conv import Conv
 from tests.random_variables import random_images, random_variables
 
 
@@ -49,7 +51,9 @@ def by_formula(x, variables, stride, position):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("position", [None, "before_relu", "after_relu"])
 def test_both_forms_of_a_block_compute_the_formula(position, stride):
-    block = RepVGGBlock(16, stride=stride, squeeze_excite=position, squeeze_excite_reduction=4, param_dtype=jnp.float64)
+    block = RepVGGBlock(
+        16, stride=stride, squeeze_excite=position, squeeze_excite_reduction=4, **layers(param_dtype=jnp.float64)
+    )
     images = random_images((3, 10, 9, 16))
     variables = random_variables(block, images.shape)
     assert ("branch_identity" in variables["params"]) is (stride == 1)
@@ -62,3 +66,35 @@ def test_both_forms_of_a_block_compute_the_formula(position, stride):
         other = {"before_relu": "after_relu", "after_relu": "before_relu"}[position]
         mistaken = by_formula(images, variables, stride, other)
         assert np.abs(mistaken - expected).max() > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation", "groups"), [(1, 2, 1, 1), (3, 2, 1, 2), (3, 1, 3, 4), (7, 2, 1, 1)]
+)
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_convolution_is_that_of_flax_padded_by_half_its_kernel(size, stride, dilation, groups, use_bias):
+    images = random_images((2, 10, 9, 8))
+    padding = size // 2 * dilation
+    flax = nn.Conv(
+        12, (size, size), stride, ((padding, padding),) * 2, kernel_dilation=dilation, feature_group_count=groups,
+        use_bias=use_bias, bias_init=nn.initializers.normal(), param_dtype=jnp.float64,
+    )  # fmt: skip
+    variables = flax.init(jax.random.key(1), images)
+    for ops in ("auto", "xla"):
+        conv = Conv(12, size, stride, dilation, groups, use_bias, param_dtype=jnp.float64, ops=ops)
+        fresh = conv.init(jax.random.key(0), images)
+        assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables)
+        found = conv.apply(variables, images)
+        np.testing.assert_allclose(found, flax.apply(variables, images), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_a_block_has_the_layers_it_is_given(param_dtype, deploy):
+    images = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
+    made_of = layers(dtype=jnp.bfloat16, param_dtype=param_dtype)
+    block = RepVGGBlock(16, squeeze_excite="after_relu", deploy=deploy, **made_of)
+    y, variables = jax.eval_shape(lambda x: block.init_with_output(jax.random.key(0), x, train=False), images)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {np.dtype(param_dtype)}

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from repvgg_jax import create_model, fuse, fuse_model
-from repvgg_jax.models import RepVGGBlock
+from repvgg_jax.models import RepVGGBlock, layers
 from repvgg_jax.reparam import assert_equivalent, first_divergence
 from tests.random_variables import random_images, random_variables
 
@@ -97,7 +97,7 @@ class SamePaddingBlock(RepVGGBlock):
 
 @pytest.mark.usefixtures("float64")
 def test_same_padding_is_caught_at_even_sizes_and_hides_at_odd_ones():
-    block = RepVGGBlock(8, stride=2, param_dtype=jnp.float64)
+    block = RepVGGBlock(8, stride=2, **layers(param_dtype=jnp.float64))
     same = SamePaddingBlock(8, stride=2, deploy=True)
     variables = random_variables(block, (1, 16, 16, 4))
     for size, equal in [(16, False), (17, True)]:
@@ -117,7 +117,7 @@ def test_same_padding_is_caught_at_even_sizes_and_hides_at_odd_ones():
 @pytest.mark.usefixtures("float32")
 def test_at_initialisation_even_a_fuse_without_batch_norm_would_pass():
     """Why every test here randomises the statistics: a fresh norm is x / √(1 + ε), nearly the identity."""
-    block = RepVGGBlock(8, ops="xla")
+    block = RepVGGBlock(8, **layers(ops="xla"))
     images = random_images((2, 16, 16, 8), np.float32)
 
     def without_norms(variables):
