@@ -170,7 +170,7 @@ class _Graph:
 
 
 def _block(graph: _Graph, last: str, setting: BlockSetting, params: Any, squeeze_excite: str | None) -> str:
-    name, _, stride, dilation, groups = setting
+    name = setting.name
     kernel = np.asarray(params["reparam"]["kernel"])
     last = graph.add(
         "Conv",
@@ -179,10 +179,10 @@ def _block(graph: _Graph, last: str, setting: BlockSetting, params: Any, squeeze
             graph.weight(f"{name}.kernel", kernel.transpose(3, 2, 0, 1)),
             graph.weight(f"{name}.bias", params["reparam"]["bias"]),
         ],
-        strides=[stride] * 2,
-        pads=[dilation] * 4,
-        dilations=[dilation] * 2,
-        group=groups,
+        strides=[setting.stride] * 2,
+        pads=[setting.dilation] * 4,
+        dilations=[setting.dilation] * 2,
+        group=setting.groups,
         kernel_shape=[3, 3],
     )
     if squeeze_excite == "before_relu":

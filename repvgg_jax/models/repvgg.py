@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,25 @@ from flax import linen as nn
 
 from repvgg_jax.models.blocks import AuxiliaryHead, RepVGGBlock, SqueezeExcitePosition, layers, spatial_mean
 from repvgg_jax.models.conv import Operations
+from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
 
 
 class BlockSetting(NamedTuple):
-    """What sets one block apart: its name in the tree of variables, output channels, stride, dilation, groups."""
+    """What sets one block apart.
+
+    Attributes:
+      name: in the tree of variables.
+      part: one of `PARTS`.
+      last: whether its part ends with it.
+      auxiliary: the auxiliary head that stands on it, by its name in the tree of variables, if there is one.
+    """
 
     name: str
+    part: str
+    last: bool
+    auxiliary: str | None
     features: int
     stride: int
     dilation: int
@@ -82,12 +92,29 @@ class RepVGG(nn.Module):
     @property
     def blocks(self) -> tuple[BlockSetting, ...]:
         """The blocks, in the order of computation."""
-        settings = [BlockSetting("stem", self.widths[0], self.strides[0], self.dilations[0], 1)]
+        ends = (f"stage1_block{self.depths[0]}", f"stage2_block{self.depths[1]}", f"stage3_block{self.depths[2] // 2}")
+        heads = dict(zip(ends, AUXILIARY_HEADS, strict=True)) if self.auxiliary_heads else {}
+        settings = [
+            BlockSetting(
+                name="stem",
+                part="stem",
+                last=True,
+                auxiliary=None,
+                features=self.widths[0],
+                stride=self.strides[0],
+                dilation=self.dilations[0],
+                groups=1,
+            )
+        ]
         for stage, depth in enumerate(self.depths, start=1):
             for number in range(1, depth + 1):
+                name = f"stage{stage}_block{number}"
                 settings.append(
                     BlockSetting(
-                        name=f"stage{stage}_block{number}",
+                        name=name,
+                        part=PARTS[stage],
+                        last=number == depth,
+                        auxiliary=heads.get(name),
                         features=self.widths[stage],
                         stride=self.strides[stage] if number == 1 else 1,
                         dilation=self.dilations[stage - 1 if number == 1 else stage],
@@ -112,16 +139,7 @@ class RepVGG(nn.Module):
           'stem', 'stage1'…'stage4' `(batch, height, width, channels)`, the auxiliary logits where they exist,
           'pooled' `(batch, channels)`, 'logits'.
         """
-        if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(
-                f"images are {images.dtype}{images.shape}: expected floating point (batch, height, width, channels); "
-                "normalise uint8 images first, (images / 255 - mean) / std"
-            )
-        if images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
-            raise ValueError(
-                f"images are {images.shape}: expected (batch, height, width, channels), but the channels seem to come "
-                "first; images.transpose(0, 2, 3, 1) puts them last"
-            )
+        _require_images(images)
         made_of = layers(
             epsilon=self.epsilon,
             momentum=self.momentum,
@@ -129,51 +147,62 @@ class RepVGG(nn.Module):
             param_dtype=self.param_dtype,
             ops=self.ops,
         )
-        block = partial(
-            RepVGGBlock,
-            deploy=self.deploy,
-            squeeze_excite=self.squeeze_excite,
-            squeeze_excite_reduction=self.squeeze_excite_reduction,
-            **made_of,
-        )
-        use_auxiliary = self.auxiliary_heads and not self.deploy
-
-        frozen = self.frozen is not None
-
-        def run(module: RepVGGBlock, x: jax.Array) -> jax.Array:
-            return module(x, train=train and not frozen)
-
-        def end(name: str, x: jax.Array) -> jax.Array:
-            nonlocal frozen
-            ends[name] = x
-            if name != self.frozen:
-                return x
-            frozen = False
-            return jax.lax.stop_gradient(x)
-
-        def auxiliary(name: str, x: jax.Array) -> None:
-            head = AuxiliaryHead(self.num_classes, **made_of, name=name)
-            ends[name] = head(jax.lax.stop_gradient(x) if frozen else x, train=train)
-
-        if self.remat:
-            run = nn.remat(run)
-
-        ends: dict[str, jax.Array] = {}
-        settings = iter(self.blocks)
-        x = end("stem", run(block(**next(settings)._asdict()), images))
-        for stage, depth in enumerate(self.depths, start=1):
-            for number in range(1, depth + 1):
-                x = run(block(**next(settings)._asdict()), x)
-                if use_auxiliary and stage == 3 and number == depth // 2:
-                    auxiliary("stage3_first_aux", x)
-            x = end(f"stage{stage}", x)
-            if use_auxiliary and stage in (1, 2):
-                auxiliary(f"stage{stage}_aux", x)
+        run = nn.remat(_run, static_argnums=2) if self.remat else _run
+        still = frozen_parts(self.frozen)
+        x, ends = images, {}
+        for block in self.blocks:
+            module = RepVGGBlock(
+                block.features,
+                block.stride,
+                block.dilation,
+                block.groups,
+                self.squeeze_excite,
+                self.squeeze_excite_reduction,
+                self.deploy,
+                **made_of,
+                name=block.name,
+            )
+            x = run(module, x, train and block.part not in still)
+            if block.part in still:
+                x = jax.lax.stop_gradient(x)
+            if block.last:
+                ends[block.part] = x
+            if block.auxiliary and not self.deploy:
+                head = AuxiliaryHead(self.num_classes, **made_of, name=block.auxiliary)
+                ends[block.auxiliary] = head(x, train=train)
         ends["pooled"] = spatial_mean(x)
         ends["logits"] = made_of["dense"](self.num_classes, dtype=None, name="head")(ends["pooled"])
 
         if features:
             return ends
-        if use_auxiliary and train:
-            return ends["logits"], {name: ends[name] for name in ends if name.endswith("_aux")}
+        if self.auxiliary_heads and train and not self.deploy:
+            return ends["logits"], {name: ends[name] for name in AUXILIARY_HEADS}
         return ends["logits"]
+
+
+def frozen_parts(frozen: str | None) -> tuple[str, ...]:
+    """The parts that are not trained, where `frozen` is the last of them."""
+    return PARTS[: PARTS.index(frozen) + 1] if frozen else ()
+
+
+def _require_images(images: jax.Array) -> None:
+    _require(
+        images.ndim == 4 and jnp.issubdtype(images.dtype, jnp.floating),
+        f"images are {images.dtype}{images.shape}",
+        "floating point (batch, height, width, channels); normalise uint8 images first, (images / 255 - mean) / std",
+    )
+    _require(
+        images.shape[1] not in (1, 3, 4) or min(images.shape[2:]) <= 4,
+        f"images are {images.shape}",
+        "(batch, height, width, channels), but the channels seem to come first; images.transpose(0, 2, 3, 1) puts them "
+        "last",
+    )
+
+
+def _require(holds: bool, found: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{found}: expected {expected}")
+
+
+def _run(block: RepVGGBlock, x: jax.Array, train: bool) -> jax.Array:
+    return block(x, train=train)

@@ -9,6 +9,7 @@ import jax
 from tabulate import tabulate
 
 from repvgg_jax.models.repvgg import RepVGG
+from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 
 
 class Row(NamedTuple):
@@ -77,8 +78,9 @@ def _count(model: RepVGG, images: jax.ShapeDtypeStruct) -> dict[str, tuple[tuple
         return variables["params"], variables["intermediates"]
 
     params, intermediates = jax.eval_shape(outputs, jax.random.key(0), images)
+    order = [name for block in model.blocks for name in (block.name, block.auxiliary) if name]
     rows = {}
-    for name in _computation_order(model):
+    for name in (*order, "head"):
         if name not in params:
             continue
         shape = intermediates[name]["__call__"][0].shape[1:]
@@ -90,13 +92,5 @@ def _count(model: RepVGG, images: jax.ShapeDtypeStruct) -> dict[str, tuple[tuple
                 adds += positions * math.prod(leaf.shape)
             elif len(leaf.shape) == 2:
                 adds += math.prod(leaf.shape)
-        rows[name] = (shape, parameters, 0 if name.endswith("_aux") else adds)
+        rows[name] = (shape, parameters, 0 if name in AUXILIARY_HEADS else adds)
     return rows
-
-
-def _computation_order(model: RepVGG) -> list[str]:
-    names = [block.name for block in model.blocks]
-    for stage, last in ((1, model.depths[0]), (2, model.depths[1]), (3, model.depths[2] // 2)):
-        after = names.index(f"stage{stage}_block{max(last, 1)}")
-        names.insert(after + 1, f"stage{stage}_first_aux" if stage == 3 else f"stage{stage}_aux")
-    return [*names, "head"]

@@ -9,7 +9,8 @@ import jax
 import optax
 from optax import contrib
 
-from repvgg_jax.models import PARTS
+from repvgg_jax.models.repvgg import frozen_parts
+from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 from repvgg_jax.training.config import TrainConfig
 
 
@@ -52,11 +53,11 @@ def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:
       A tree of booleans of the same structure.
     """
 
-    still = PARTS[: PARTS.index(frozen) + 1] if frozen else ()
+    still = frozen_parts(frozen)
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         names = [entry.key for entry in path]
-        if not names[0].endswith("_aux") and names[0].split("_")[0] in still:
+        if names[0] not in AUXILIARY_HEADS and names[0].split("_")[0] in still:
             return False
         return names[-1] == "kernel" or names[-2:] == ["branch_identity", "scale"]
 

@@ -147,3 +147,29 @@ def test_images_with_the_channels_first_are_refused(shape):
 def test_small_and_narrow_images_with_the_channels_last_are_taken(shape):
     variables = jax.eval_shape(lambda: small().init(jax.random.key(0), jnp.ones(shape), train=False))
     assert variables["params"]["stem"]["branch_1x1"]["conv"]["kernel"].shape[2] == shape[3]
+
+
+def test_blocks_know_their_part_and_the_auxiliary_head_that_stands_on_them():
+    model = create_model("repvggplus_l2pse")
+    assert {block.auxiliary: block.name for block in model.blocks if block.auxiliary} == {
+        "stage1_aux": "stage1_block8", "stage2_aux": "stage2_block14", "stage3_first_aux": "stage3_block12",
+    }  # fmt: skip
+    ends = {block.part: block.name for block in model.blocks if block.last}
+    assert list(ends.items()) == [
+        ("stem", "stem"), ("stage1", "stage1_block8"), ("stage2", "stage2_block14"), ("stage3", "stage3_block24"),
+        ("stage4", "stage4_block1"),
+    ]  # fmt: skip
+    assert not any(block.auxiliary for block in create_model("repvgg_d2se").blocks)
+
+
+def test_no_endpoint_has_a_gradient_for_a_frozen_part():
+    model, images = small(frozen="stage2"), random_images(SHAPE, np.float32)
+    variables = random_variables(model, dtype=np.float32)
+
+    def loss(params):
+        ends = model.apply({**variables, "params": params}, images, train=False, features=True)
+        return sum(jnp.square(end).sum() for end in ends.values())
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    moved = {name for name, leaves in gradients.items() if any(leaf.any() for leaf in jax.tree.leaves(leaves))}
+    assert moved == {"stage3_block1", "stage3_block2", "stage4_block1", "head"}

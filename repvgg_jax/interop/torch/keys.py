@@ -17,6 +17,7 @@ import numpy as np
 
 from repvgg_jax.models import RepVGG
 from repvgg_jax.models.shapes import abstract_variables
+from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 
 Layout = Literal["official", "timm"]
 Path = tuple[str, ...]
@@ -75,7 +76,7 @@ def torch_key(model: RepVGG, path: Path, layout: Layout) -> str:
     names: list[str]
     if unit == "head":
         names = ["linear"] if layout == "official" else ["head", "fc"]
-    elif unit.endswith("_aux"):
+    elif unit in AUXILIARY_HEADS:
         # nn.Sequential(ConvBN + ReLU, pooling, flatten, linear)
         names = [unit, *(["3"] if children == ["head"] else ["0", *children[1:]])]
     else:
@@ -93,9 +94,11 @@ def _block_name(model: RepVGG, unit: str, layout: Layout) -> str:
         return f"stages.{stage - 1}.{number - 1}"
     if not model.auxiliary_heads:
         return f"stage{stage}.{number - 1}"
-    first = model.depths[2] // 2
     if stage != 3:
         return f"stage{stage}.blocks.{number - 1}"
+    # Where the last auxiliary head stands.
+    *_, middle = (block.name for block in model.blocks if block.auxiliary)
+    first = int(middle.removeprefix("stage3_block"))
     return f"stage3_first.blocks.{number - 1}" if number <= first else f"stage3_second.blocks.{number - 1 - first}"
 
 
