@@ -58,8 +58,6 @@ class DeployMetadata:
                 f"class_names are {len(names)}, num_classes is {shown(self.num_classes)}: expected one name for each "
                 "class"
             )
-        if self.epsilon < 0:
-            raise ValueError(f"epsilon is {self.epsilon}: expected at least 0")
         # Strides of 2 reach 32 pixels and turn into no larger dilation.
         if not all(1 <= dilation <= 32 for dilation in self.dilations):
             raise ValueError(f"dilations are {shown(self.dilations)}: expected five, each 1 to 32")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,13 @@ class RepVGG(nn.Module):
     remat: bool = False
     frozen: str | None = None
     ops: Operations = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "width_multiplier", "strides", "dilations"):
+            setattr(self, name, tuple(getattr(self, name)))
+        _require_settings(self)
+        _require_shape(self)
+        super().__post_init__()
 
     @property
     def widths(self) -> tuple[int, int, int, int, int]:
@@ -183,6 +191,60 @@ class RepVGG(nn.Module):
 def frozen_parts(frozen: str | None) -> tuple[str, ...]:
     """The parts that are not trained, where `frozen` is the last of them."""
     return PARTS[: PARTS.index(frozen) + 1] if frozen else ()
+
+
+def _require_settings(model: RepVGG) -> None:
+    """See that each field but those of `_require_shape` is in its range."""
+    for name, least in (("num_classes", 1), ("groups", 1), ("squeeze_excite_reduction", 1), ("epsilon", 0)):
+        value = getattr(model, name)
+        _require(value >= least, f"{name} is {value}", f"at least {least}")
+    _require(0 <= model.momentum <= 1, f"momentum is {model.momentum}", "in [0, 1]")
+    positions, operations = get_args(SqueezeExcitePosition), get_args(Operations)
+    _require(model.ops in operations, f"ops is {model.ops!r}", f"one of {', '.join(operations)}")
+    for name, choices in (("squeeze_excite", positions), ("frozen", PARTS)):
+        value = getattr(model, name)
+        _require(value in (None, *choices), f"{name} is {value!r}", f"None or one of {', '.join(choices)}")
+
+
+def _require_shape(model: RepVGG) -> None:
+    """See that stem and stages have blocks, strides, dilations and channels that go together."""
+    depths, factors, dilations = model.depths, model.width_multiplier, model.dilations
+    require_strides(model.strides)
+    _require(
+        len(dilations) == 5 and min(dilations) >= 1,
+        f"dilations are {dilations}",
+        "five, each at least 1, for the stem and stage1…stage4",
+    )
+    _require(len(depths) == 4 and min(depths) >= 1, f"depths are {depths}", "four, each at least 1, for stage1…stage4")
+    _require(
+        not model.auxiliary_heads or depths[2] >= 2,
+        f"depths are {depths}",
+        "at least 2 blocks in stage 3, since an auxiliary head sits at its half",
+    )
+    _require(
+        len(factors) == 4 and all(0 < factor < math.inf for factor in factors),
+        f"width_multiplier is {factors}",
+        "four positive factors for stage1…stage4",
+    )
+    smallest = model.groups * (model.squeeze_excite_reduction if model.squeeze_excite else 1)
+    _require(
+        all(width >= smallest and width % model.groups == 0 for width in model.widths),
+        f"width_multiplier is {factors}, which gives {model.widths} channels",
+        f"multiples of {model.groups} (groups), at least {smallest}",
+    )
+
+
+def require_strides(strides: tuple[int, ...]) -> None:
+    """See that strides are five, each 1 or 2.
+
+    Raises:
+      ValueError: they are not.
+    """
+    _require(
+        len(strides) == 5 and set(strides) <= {1, 2},
+        f"strides are {strides}",
+        "five, each 1 or 2, for the stem and stage1…stage4",
+    )
 
 
 def _require_images(images: jax.Array) -> None:

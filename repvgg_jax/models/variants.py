@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.models.blocks import SqueezeExcitePosition
 from repvgg_jax.models.conv import Operations
-from repvgg_jax.models.repvgg import PARTS, RepVGG
+from repvgg_jax.models.repvgg import RepVGG, require_strides
 
 
 class Variant(NamedTuple):
@@ -112,35 +112,18 @@ def create_model(
       >>> create_model("RepVGG-A0", num_classes=10).widths
       (48, 48, 96, 192, 1280)
     """
-    variant = VARIANTS[canonical_name(name)]
+    fields = VARIANTS[canonical_name(name)]._asdict()
     if width_multiplier is not None:
-        variant = variant._replace(width_multiplier=tuple(width_multiplier))  # type: ignore[arg-type]
+        fields["width_multiplier"] = width_multiplier
     if depths is not None:
-        variant = variant._replace(depths=tuple(depths))  # type: ignore[arg-type]
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}: expected at least 1")
-    if len(strides) != 5 or any(stride not in (1, 2) for stride in strides):
-        raise ValueError(f"strides are {tuple(strides)}: expected five, each 1 or 2, for the stem and stage1…stage4")
-    if frozen not in (None, *PARTS):
-        raise ValueError(f"frozen is {frozen!r}: expected None or one of {', '.join(PARTS)}")
-    if len(variant.depths) != 4 or any(depth < 1 for depth in variant.depths):
-        raise ValueError(f"depths are {variant.depths}: expected four, each at least 1, for stage1…stage4")
-    if variant.auxiliary_heads and variant.depths[2] < 2:
-        raise ValueError(
-            f"depths are {variant.depths}: expected at least 2 blocks in stage 3, since an auxiliary head sits at its "
-            "half"
-        )
-    if len(variant.width_multiplier) != 4 or any(factor <= 0 for factor in variant.width_multiplier):
-        raise ValueError(
-            f"width_multiplier is {variant.width_multiplier}: expected four positive factors for stage1…stage4"
-        )
+        fields["depths"] = depths
     dilations: Sequence[int] = (1, 1, 1, 1, 1)
     if output_stride is not None:
-        strides, dilations = _dilate(strides, output_stride)
+        strides, dilations = _dilate(tuple(strides), output_stride)
     model = RepVGG(
         num_classes=num_classes,
-        strides=tuple(strides),  # type: ignore[arg-type]
-        dilations=tuple(dilations),  # type: ignore[arg-type]
+        strides=strides,  # type: ignore[arg-type]
+        dilations=dilations,  # type: ignore[arg-type]
         deploy=deploy,
         epsilon=epsilon,
         momentum=momentum,
@@ -149,15 +132,9 @@ def create_model(
         remat=remat,
         frozen=frozen,
         ops=ops,
-        **variant._asdict(),
+        **fields,
     )
-    smallest = variant.groups * (variant.squeeze_excite_reduction if variant.squeeze_excite else 1)
-    if any(width < smallest or width % variant.groups for width in model.widths):
-        raise ValueError(
-            f"width_multiplier {variant.width_multiplier} gives {model.widths} channels: expected multiples of "
-            f"{variant.groups} (groups), at least {smallest}"
-        )
-    for stage, (before, after) in enumerate(zip(model.widths, model.widths[1:], strict=False), start=1):
+    for stage, (before, after) in enumerate(itertools.pairwise(model.widths), start=1):
         if model.dilations[stage] > model.dilations[stage - 1] and before == after:
             raise ValueError(
                 f"output_stride is {output_stride}: expected a larger one, since stage{stage} would lose its stride "
@@ -166,12 +143,13 @@ def create_model(
     return model
 
 
-def _dilate(strides: Sequence[int], output_stride: int) -> tuple[list[int], list[int]]:
+def _dilate(strides: tuple[int, ...], output_stride: int) -> tuple[list[int], list[int]]:
     """Strides and dilations of stem and stages that reach an output stride and go no further."""
+    require_strides(strides)
     reached = list(itertools.accumulate(strides, operator.mul))
     if output_stride not in reached:
         raise ValueError(
-            f"output_stride is {output_stride}: expected one of {sorted(set(reached))}, which strides {tuple(strides)} "
+            f"output_stride is {output_stride}: expected one of {sorted(set(reached))}, which strides {strides} "
             "pass through"
         )
     kept = [total <= output_stride for total in reached]
