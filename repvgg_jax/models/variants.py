@@ -65,7 +65,7 @@ def canonical_name(name: str) -> str:
 
 
 def create_model(
-    name: str,
+    variant: str,
     *,
     num_classes: int = 1000,
     deploy: bool = False,
@@ -80,11 +80,12 @@ def create_model(
     remat: bool = False,
     frozen: str | None = None,
     ops: Operations = "auto",
+    name: str | None = None,
 ) -> RepVGG:
     """Build a published RepVGG, or one cut to measure.
 
     Args:
-      name: 'repvgg_a0' … 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'; 'RepVGG-A0' works too.
+      variant: 'repvgg_a0' … 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'; 'RepVGG-A0' works too.
       num_classes: width of the head.
       deploy: build the deploy form, for variables that `fuse` returned.
       strides: of the stem and of stage1…stage4, each 1 or 2. Small images want fewer 2s, e.g. (1, 1, 2, 2, 2).
@@ -101,18 +102,19 @@ def create_model(
       frozen: the last of 'stem', 'stage1' … 'stage4' that is not trained, with all before it; None trains everything.
       ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere; forward-mode and second
         derivatives need "xla".
+      name: in the tree of variables, where the network is a part of another module.
 
     Returns:
       The Flax module. `model.init(key, images, train=False)` makes its variables.
 
     Raises:
-      ValueError: an unknown name, or a value out of range; the message says which.
+      ValueError: an unknown variant, or a value out of range; the message says which.
 
     Example:
       >>> create_model("RepVGG-A0", num_classes=10).widths
       (48, 48, 96, 192, 1280)
     """
-    fields = VARIANTS[canonical_name(name)]._asdict()
+    fields = VARIANTS[canonical_name(variant)]._asdict()
     if width_multiplier is not None:
         fields["width_multiplier"] = width_multiplier
     if depths is not None:
@@ -132,6 +134,7 @@ def create_model(
         remat=remat,
         frozen=frozen,
         ops=ops,
+        name=name,
         **fields,
     )
     for stage, (before, after) in enumerate(itertools.pairwise(model.widths), start=1):

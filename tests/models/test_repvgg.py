@@ -5,16 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from repvgg_jax import create_model
+from repvgg_jax import create_model, fuse
 from tests.random_variables import random_images, random_variables
 
 SHAPE = (4, 16, 16, 3)
 
 
-def small(name="repvgg_a0", **fields):
+def small(variant="repvgg_a0", **fields):
     settings = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), num_classes=5, ops="xla")
-    return create_model(name, **{**settings, **fields})
+    return create_model(variant, **{**settings, **fields})
 
 
 def test_the_tree_has_the_documented_names():
@@ -173,3 +174,35 @@ def test_no_endpoint_has_a_gradient_for_a_frozen_part():
     gradients = jax.jit(jax.grad(loss))(variables["params"])
     moved = {name for name, leaves in gradients.items() if any(leaf.any() for leaf in jax.tree.leaves(leaves))}
     assert moved == {"stage3_block1", "stage3_block2", "stage4_block1", "head"}
+
+
+class TwoEyes(nn.Module):
+    """Two networks, one of them dilated, as named parts of a module."""
+
+    deploy: bool = False
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        near = small("repvggplus_l2pse", name="near", deploy=self.deploy)(images, train=train)
+        far = small(name="far", deploy=self.deploy, output_stride=8)(images, train=train)
+        return near + far
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_network_is_a_named_part_of_another_module_and_fuses_there():
+    images = random_images(SHAPE)
+    variables = random_variables(TwoEyes())
+    assert set(variables["params"]) == {"near", "far"}
+    assert variables["params"]["near"].keys() == random_variables(small("repvggplus_l2pse"))["params"].keys()
+    near, far = ({collection: tree[name] for collection, tree in variables.items()} for name in ("near", "far"))
+
+    @jax.jit
+    def logits(variables, fused, near, far):
+        whole = TwoEyes().apply(variables, images, train=False)
+        deployed = TwoEyes(deploy=True).apply(fused, images, train=False)
+        alone = small("repvggplus_l2pse").apply(near, images, train=False)
+        return whole, deployed, alone + small(output_stride=8).apply(far, images, train=False)
+
+    whole, deployed, alone = logits(variables, fuse(variables), near, far)
+    np.testing.assert_allclose(whole, alone, rtol=1e-12)
+    np.testing.assert_allclose(deployed, whole, rtol=1e-10, atol=1e-12)

@@ -61,25 +61,25 @@ FIELDS = [
     [
         *FIELDS,
         (
-            dict(name="repvgg_b1g3"),
+            dict(variant="repvgg_b1g3"),
             r"unknown variant 'repvgg_b1g3': did you mean .*repvgg_b1g2.*expected one of",
         ),
-        (dict(name="resnet50"), "unknown variant 'resnet50'.*expected one of repvgg_a0"),
+        (dict(variant="resnet50"), "unknown variant 'resnet50'.*expected one of repvgg_a0"),
         (
-            dict(name="repvgg_b1g4", width_multiplier=(0.1, 1, 1, 1)),
+            dict(variant="repvgg_b1g4", width_multiplier=(0.1, 1, 1, 1)),
             r"\(6, 6, 128, 256, 512\).*multiples of 4",
         ),
         (
-            dict(name="repvgg_d2se", width_multiplier=(0.1, 1, 1, 1)),
+            dict(variant="repvgg_d2se", width_multiplier=(0.1, 1, 1, 1)),
             r"\(6, 6, 128, 256, 512\).*multiples of 1 \(groups\), at least 16",
         ),
-        (dict(name="repvggplus_l2pse", depths=(1, 1, 1, 1)), "expected at least 2 blocks in stage 3"),
+        (dict(variant="repvggplus_l2pse", depths=(1, 1, 1, 1)), "expected at least 2 blocks in stage 3"),
         (dict(strides=(2, 2, 2, 2, 4), output_stride=16), r"strides are \(2, 2, 2, 2, 4\): expected five, each 1 or 2"),
     ],
 )
 def test_bad_arguments_are_refused_with_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
-        create_model(**{"name": "repvgg_a0", **arguments})
+        create_model(**{"variant": "repvgg_a0", **arguments})
 
 
 @pytest.mark.parametrize(
