@@ -102,31 +102,20 @@ class RepVGG(nn.Module):
         """The blocks, in the order of computation."""
         ends = (f"stage1_block{self.depths[0]}", f"stage2_block{self.depths[1]}", f"stage3_block{self.depths[2] // 2}")
         heads = dict(zip(ends, AUXILIARY_HEADS, strict=True)) if self.auxiliary_heads else {}
-        settings = [
-            BlockSetting(
-                name="stem",
-                part="stem",
-                last=True,
-                auxiliary=None,
-                features=self.widths[0],
-                stride=self.strides[0],
-                dilation=self.dilations[0],
-                groups=1,
-            )
-        ]
-        for stage, depth in enumerate(self.depths, start=1):
+        settings: list[BlockSetting] = []
+        for place, (part, depth) in enumerate(zip(PARTS, (1, *self.depths), strict=True)):
             for number in range(1, depth + 1):
-                name = f"stage{stage}_block{number}"
+                name = part if part == "stem" else f"{part}_block{number}"
                 settings.append(
                     BlockSetting(
                         name=name,
-                        part=PARTS[stage],
+                        part=part,
                         last=number == depth,
                         auxiliary=heads.get(name),
-                        features=self.widths[stage],
-                        stride=self.strides[stage] if number == 1 else 1,
-                        dilation=self.dilations[stage - 1 if number == 1 else stage],
-                        groups=self.groups if len(settings) % 2 == 0 else 1,
+                        features=self.widths[place],
+                        stride=self.strides[place] if number == 1 else 1,
+                        dilation=self.dilations[max(place - 1, 0) if number == 1 else place],
+                        groups=self.groups if settings and len(settings) % 2 == 0 else 1,
                     )
                 )
         return tuple(settings)
