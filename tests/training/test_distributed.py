@@ -155,7 +155,9 @@ class BegunError(Exception):
     pass
 
 
-def test_a_run_of_another_config_is_refused_in_both_processes(tiny, as_process, tmp_path, monkeypatch):
+def test_a_run_of_another_config_or_of_damaged_metrics_is_refused_in_both_processes(
+    tiny, as_process, tmp_path, monkeypatch
+):
     become, told = as_process
 
     def train(*_):
@@ -171,7 +173,15 @@ def test_a_run_of_another_config_is_refused_in_both_processes(tiny, as_process, 
     become(1)
     with pytest.raises(ValueError, match="process 0 cannot begin"):
         train_and_evaluate(config, tmp_path / "run")
-    assert [bool(failed) for failed in told] == [True]
+    with (tmp_path / "run" / "metrics.jsonl").open("w") as file:
+        file.write("[1]\n[2]\n")
+    become(0)
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is damaged"):
+        train_and_evaluate(tiny, tmp_path / "run")
+    become(1)
+    with pytest.raises(ValueError, match="process 0 cannot begin"):
+        train_and_evaluate(tiny, tmp_path / "run")
+    assert [bool(failed) for failed in told] == [True, True]
 
 
 class ReadError(Exception):

@@ -19,7 +19,6 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models.shapes import differences, few, shapes_by_name
 from repvgg_jax.terminal import one_line
 from repvgg_jax.training.distributed import is_primary, wait_for_all
-from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.paths import plain_path
 from repvgg_jax.training.steps import TrainState
 
@@ -48,13 +47,14 @@ class _MostAccurate(PreservationPolicy):
     Not Orbax's `BestN`: the file of metrics it would keep in each checkpoint is read before damage can be passed over.
     """
 
-    def __init__(self, accuracies: dict[int, float]):
+    def __init__(self, accuracies: dict[int, float | None]):
         self._accuracies = accuracies
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        known = [each.step for each in checkpoints if each.step in self._accuracies]
-        best = max(known, key=lambda step: (self._accuracies[step], step), default=None)
-        return [each.step == best for each in checkpoints]
+        steps = [each.step for each in checkpoints]
+        known = [(self._accuracies[step], step) for step in steps if self._accuracies.get(step) is not None]
+        _, best = max(known, default=(None, None))
+        return [step == best for step in steps]
 
 
 class Checkpoints:
@@ -65,23 +65,20 @@ class Checkpoints:
 
     Args:
       workdir: the run directory.
-      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all. The accuracies of
-        those that lie there already are in `metrics.jsonl`.
+      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.directory = workdir.absolute() / "checkpoints"
-        self._accuracies: dict[int, float] = {}
-        kept = None
-        if keep is not None:
-            history = [line for line in read_metrics(workdir) if "test/accuracy" in line]
-            self._accuracies = {int(line["step"]): line["test/accuracy"] for line in history}
-            kept = AnyPreservationPolicy([LatestN(n=keep), _MostAccurate(self._accuracies)])
+        self._accuracies: dict[int, float | None] = {}
+        kept = None if keep is None else AnyPreservationPolicy([LatestN(n=keep), _MostAccurate(self._accuracies)])
         with contextlib.ExitStack() as opened:
             self._shown = opened.enter_context(plain_path(self.directory))
             self._manager = ocp.CheckpointManager(
                 self._shown, options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=True)
             )
+            if keep is not None:
+                self._accuracies.update({step: self._accuracy(step) for step in self._manager.all_steps()})
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Checkpoints:
@@ -117,17 +114,16 @@ class Checkpoints:
           OSError: this or the last checkpoint could not be written.
         """
         fields = _fields(state)
-        checksum = _checksum(fields, data_state, epoch_metrics or [])
-        progress = {"epoch_metrics": epoch_metrics or [], "checksum": checksum}
-        if accuracy is not None:
-            self._accuracies[int(state.step)] = accuracy
+        progress = {"epoch_metrics": epoch_metrics or [], "accuracy": accuracy}
+        checksum = _checksum(fields, data_state, progress)
+        self._accuracies[int(state.step)] = accuracy
         with self._writing():
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(fields),
                     data=ocp.args.JsonSave(data_state),
-                    progress=ocp.args.JsonSave(progress),
+                    progress=ocp.args.JsonSave({**progress, "checksum": checksum}),
                 ),
             )
 
@@ -202,21 +198,26 @@ class Checkpoints:
             self._manager.reload()
 
     def _read(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any], EpochMetrics]:
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardRestore(_fields(template)),
-            "data": ocp.args.JsonRestore(),
-        }
-        # The first checkpoints of this project had none.
-        has_progress = (self.directory / str(step) / "progress").exists()
-        if has_progress:
-            items["progress"] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        progress = restored["progress"] if has_progress else {}
-        epoch_metrics = progress.get("epoch_metrics", [])
-        found = _checksum(restored["state"], restored["data"], epoch_metrics)
-        if progress.get("checksum", found) != found:
-            raise ValueError(f"the checksum of what it holds is {found}, expected {progress['checksum']}")
-        return TrainState(**restored["state"]), restored["data"], epoch_metrics
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_fields(template)),
+            data=ocp.args.JsonRestore(),
+            progress=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=items)
+        progress = restored["progress"]
+        expected = progress.pop("checksum")
+        found = _checksum(restored["state"], restored["data"], progress)
+        if found != expected:
+            raise ValueError(f"the checksum of what it holds is {found}, expected {expected}")
+        return TrainState(**restored["state"]), restored["data"], progress["epoch_metrics"]
+
+    def _accuracy(self, step: int) -> float | None:
+        """That which a checkpoint was saved with; None where there was none or it cannot be read."""
+        try:
+            items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+            return float(self._manager.restore(step, args=items)["progress"]["accuracy"])
+        except Exception:  # damage is told where it is restored
+            return None
 
     def _require_same_network(self, step: int, template: TrainState) -> None:
         """Raise a ValueError where a checkpoint tells readably that it holds other arrays than the template."""
@@ -243,8 +244,8 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if value is not None}
 
 
-def _checksum(fields: dict[str, Any], data_state: dict[str, Any], epoch_metrics: EpochMetrics) -> int:
-    value = zlib.crc32(json.dumps([data_state, epoch_metrics], sort_keys=True).encode())
+def _checksum(fields: dict[str, Any], data_state: dict[str, Any], progress: dict[str, Any]) -> int:
+    value = zlib.crc32(json.dumps([data_state, progress], sort_keys=True).encode())
     for leaf in jax.tree.leaves(fields):
         array = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
         value = zlib.crc32(array.view(np.uint8).data, value)

@@ -13,15 +13,16 @@ from filelock import FileLock, Timeout
 from repvgg_jax.data import ImageDataset
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.metrics_log import read_metrics
 
 _FIRST_FILES = ("dataset.json", "config.json", ".lock")
 
 
 def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
-    """Make a run directory, or see that the run in it has the same config and data.
+    """Make a run directory, or see that the run in it is whole, of the same config and data.
 
     Raises:
-      ValueError: the directory is another run's, or no directory; what differs is named.
+      ValueError: the directory is another run's, or no directory; what differs is named. Or the log of the run is damaged.
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -49,6 +50,8 @@ def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
     ]
     if differing:
         raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differing)}): name a new directory")
+    # What is damaged is told before the work.
+    read_metrics(workdir)
 
 
 @contextmanager

@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from repvgg_jax.training.run.checkpoints import Checkpoints, _checksum
-from repvgg_jax.training.run.metrics_log import MetricsLog
 from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
 from tests.training.test_steps import CONFIG
 
@@ -45,10 +43,10 @@ def template():
 
 
 def test_a_checkpoint_from_before_the_moving_average_restores(state, template, tmp_path):
-    old = StateWithoutAverage(state.step, state.params, state.batch_stats, state.opt_state)
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(old), data=ocp.args.JsonSave({"next": 1})))
     with Checkpoints(tmp_path) as checkpoints:
+        old = StateWithoutAverage(state.step, state.params, state.batch_stats, state.opt_state)
+        checkpoints.save(old, {"next": 1})
+        checkpoints.wait()
         restored, data_state, epoch_metrics, damaged = checkpoints.restore(template)
     chex.assert_trees_all_equal(restored, state)
     assert data_state == {"next": 1}
@@ -94,21 +92,24 @@ def at_step(state, step):
 def test_the_checksum_is_of_every_value_in_its_place_and_of_nothing_else():
     fields = {"step": np.int32(2), "params": {"kernel": np.arange(4.0), "bias": np.zeros(4)}}
     data_state, epoch_metrics = {"next": 1, "epoch": 0}, [{"loss": 0.5, "accuracy": 0.25}, {"loss": 0.5}]
-    whole = _checksum(fields, data_state, epoch_metrics)
+    progress = {"epoch_metrics": epoch_metrics, "accuracy": 0.75}
+    whole = _checksum(fields, data_state, progress)
     with jax.enable_x64(True):
         on_device = jax.tree.map(jnp.asarray, {"params": fields["params"], "step": fields["step"]})
-    assert _checksum(on_device, {"epoch": 0, "next": 1}, epoch_metrics) == whole
+    assert _checksum(on_device, {"epoch": 0, "next": 1}, dict(reversed(progress.items()))) == whole
     last_bit = np.array([0.0, 1.0, 2.0, np.nextafter(3.0, 4.0)])
     swapped = {"kernel": fields["params"]["bias"], "bias": fields["params"]["kernel"]}
     others = [
-        ({**fields, "params": {**fields["params"], "kernel": last_bit}}, data_state, epoch_metrics),
-        ({**fields, "params": {**fields["params"], "kernel": np.arange(4.0)[::-1]}}, data_state, epoch_metrics),
-        ({**fields, "params": swapped}, data_state, epoch_metrics),
-        ({**fields, "step": np.int32(3)}, data_state, epoch_metrics),
-        (fields, {"next": 0, "epoch": 1}, epoch_metrics),
-        (fields, data_state, [{"loss": 0.5, "accuracy": 0.26}, {"loss": 0.5}]),
-        (fields, data_state, epoch_metrics[::-1]),
-        (fields, data_state, epoch_metrics[:1]),
+        ({**fields, "params": {**fields["params"], "kernel": last_bit}}, data_state, progress),
+        ({**fields, "params": {**fields["params"], "kernel": np.arange(4.0)[::-1]}}, data_state, progress),
+        ({**fields, "params": swapped}, data_state, progress),
+        ({**fields, "step": np.int32(3)}, data_state, progress),
+        (fields, {"next": 0, "epoch": 1}, progress),
+        (fields, data_state, {**progress, "epoch_metrics": [{"loss": 0.5, "accuracy": 0.26}, {"loss": 0.5}]}),
+        (fields, data_state, {**progress, "epoch_metrics": epoch_metrics[::-1]}),
+        (fields, data_state, {**progress, "epoch_metrics": epoch_metrics[:1]}),
+        (fields, data_state, {**progress, "accuracy": 0.5}),
+        (fields, data_state, {**progress, "accuracy": None}),
     ]
     assert len({whole, *(_checksum(*other) for other in others)}) == 1 + len(others)
 
@@ -122,6 +123,14 @@ DAMAGE = {
     "a metric of the unfinished epoch changed": lambda directory: change(
         directory / "progress" / "metadata", "0.2", "0.3"
     ),
+    "the accuracy changed": lambda directory: change(directory / "progress" / "metadata", "0.5", "0.6"),
+    "the accuracy no number": lambda directory: change(directory / "progress" / "metadata", "0.5", "[]"),
+    "progress lost": lambda directory: shutil.rmtree(directory / "progress"),
+    "progress cut off": lambda directory: truncate(directory / "progress" / "metadata"),
+    "progress of another kind": lambda directory: (directory / "progress" / "metadata").write_text("[1]"),
+    "progress without a checksum": lambda directory: change(
+        directory / "progress" / "metadata", '"checksum"', '"check"'
+    ),
     "the checksum changed": lambda directory: change(directory / "progress" / "metadata", 'checksum":', 'checksum": 1'),
     "everything lost": lambda directory: [path.unlink() for path in directory.rglob("*") if path.is_file()],
 }
@@ -133,7 +142,9 @@ DAMAGE = {
 def test_a_damaged_newest_checkpoint_is_reported_and_passed_over(damage, state, template, tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(at_step(state, step), {"next": step}, epoch_metrics=[{"loss": 0.1 * step}])
+            checkpoints.save(
+                at_step(state, step), {"next": step}, epoch_metrics=[{"loss": 0.1 * step}], accuracy=0.25 * step
+            )
         checkpoints.wait()
         whole = checkpoints.restore(template)
     assert (int(whole.state.step), whole.data_state, whole.damaged) == (2, {"next": 2}, [])
@@ -223,12 +234,34 @@ def test_the_best_is_kept_by_the_processes_that_resume_the_run(tmp_path):
     state = create_state(*setting(CONFIG))
     for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.6, 0.9, 0.7, 0.8], start=1):
         with Checkpoints(tmp_path, keep=2) as checkpoints:
-            with MetricsLog(tmp_path, resume_epoch=step - 1) as log:
-                log.write({"epoch": step, "step": step, "test/accuracy": accuracy})
             checkpoints.save(at_step(state, step), {}, accuracy=accuracy)
         best = 1 if step < 2 else 2 if step < 5 else 5
         kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
         assert kept == {str(each) for each in {best, max(step - 1, 1), step}}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_where_the_best_is_damaged_the_run_goes_on(damage, state, template, tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step, accuracy in ((1, 0.5), (2, 0.4), (3, 0.3)):
+            checkpoints.save(at_step(state, step), {}, epoch_metrics=[{"loss": 0.2}], accuracy=accuracy)
+    damage(tmp_path / "checkpoints" / "1")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at_step(state, 4), {}, accuracy=0.35)
+        checkpoints.wait()
+        restored = checkpoints.restore(template)
+    assert (int(restored.state.step), restored.damaged) == (4, [])
+
+
+def test_a_checkpoint_in_place_of_one_set_aside_does_not_count_by_its_accuracy(state, tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(at_step(state, 2), {}, accuracy=0.9)
+        checkpoints.wait()
+        checkpoints.set_aside([2])
+        checkpoints.save(at_step(state, 2), {})
+        checkpoints.save(at_step(state, 3), {}, accuracy=0.3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_what_to_do(state, template, tmp_path, monkeypatch):
