@@ -83,5 +83,7 @@ def test_images_are_augmented(channels):
     )
     config = dataclasses.replace(PRESETS["digits"], **everything, mean=(0.5,) * channels, std=(0.5,) * channels)
     pixels = jax.ShapeDtypeStruct((4, 16, 16, channels), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((4,), jnp.int32)
-    jax.eval_shape(partial(augment, config=config, num_classes=5, epoch=0), jax.random.key(0), pixels, labels)
+    integers = jax.ShapeDtypeStruct((4,), jnp.int32)
+    batch = {"image": pixels, "label": integers, "index": integers}
+    for settings in (config, dataclasses.replace(config, alternate_flip=True)):
+        jax.eval_shape(partial(augment, config=settings, num_classes=5, epoch=0), jax.random.key(0), batch)

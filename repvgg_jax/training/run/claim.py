@@ -22,7 +22,7 @@ def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
     """Make a run directory, or see that the run in it is whole, of the same config and data.
 
     Raises:
-      ValueError: the directory is another run's, or no directory; what differs is named. Or the log of the run is damaged.
+      ValueError: the directory is another run's, or no directory; what differs is named; or its log is damaged.
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
