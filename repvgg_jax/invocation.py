@@ -19,5 +19,6 @@ def command(name: Literal["train", "fuse", "predict"]) -> str:
     Returns:
       That of a checkout, e.g. `python train.py`, in a process that was begun so; elsewhere `repvgg-NAME`.
     """
-    script = Path(sys.argv[0]).name if sys.argv else ""
-    return _OF_A_CHECKOUT[name] if script.removesuffix(".py") in _OF_A_CHECKOUT else f"repvgg-{name}"
+    begun = Path(sys.argv[0]).parts[-2:] if sys.argv else ()
+    of_a_checkout = begun == ("predict", "__main__.py") or begun[-1:] in (("train.py",), ("fuse.py",))
+    return _OF_A_CHECKOUT[name] if of_a_checkout else f"repvgg-{name}"

@@ -10,7 +10,10 @@ from repvgg_jax.invocation import command
     [
         (["train.py", "digits"], ("python train.py", "python fuse.py", "python -m repvgg_jax.predict")),
         (["./checkout/fuse.py"], ("python train.py", "python fuse.py", "python -m repvgg_jax.predict")),
-        (["/checkout/repvgg_jax/predict.py"], ("python train.py", "python fuse.py", "python -m repvgg_jax.predict")),
+        (
+            ["/checkout/repvgg_jax/predict/__main__.py"],
+            ("python train.py", "python fuse.py", "python -m repvgg_jax.predict"),
+        ),
         (["/venv/bin/repvgg-train"], ("repvgg-train", "repvgg-fuse", "repvgg-predict")),
         (["/venv/lib/ipykernel_launcher.py"], ("repvgg-train", "repvgg-fuse", "repvgg-predict")),
         ([""], ("repvgg-train", "repvgg-fuse", "repvgg-predict")),

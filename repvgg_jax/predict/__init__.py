@@ -1,9 +1,8 @@
-"""What a trained network sees in images; `python -m repvgg_jax.predict` is the command."""
+"""What a trained network sees in images."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -99,9 +98,3 @@ def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
     except Exception as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         return reason.removeprefix(f"{printable(path)}: ")
-
-
-if __name__ == "__main__":
-    from repvgg_jax.cli import start
-
-    sys.exit(start.predict())
