@@ -63,8 +63,8 @@ def _train(arguments: list[str], _: Output) -> int:
         preset, *arguments = arguments
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown preset {preset!r}{hint} Expected one of {', '.join(PRESETS)}")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown preset {preset!r}{hint}: expected one of {', '.join(PRESETS)}")
     parsed = tyro.cli(
         _Arguments,
         args=arguments,

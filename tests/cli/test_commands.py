@@ -65,7 +65,8 @@ def test_fusing_by_command_prints_the_table_and_saves(finished, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digit"], "unknown preset 'digit', did you mean digits? Expected one of digits, cifar10"),
+        (["digit"], "unknown preset 'digit' (did you mean digits?): expected one of digits, cifar10"),
+        (["nope"], "unknown preset 'nope': expected one of digits, cifar10"),
         (["--batch-size", "0"], "batch_size is 0: expected at least 1"),
         (["--batch-size", "many"], "many"),
         (["--learning-rat", "1"], "--learning-rate"),
