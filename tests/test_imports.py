@@ -86,7 +86,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_a_command_settles_its_process_before_it_loads_jax():
-    code = "import sys, repvgg_jax.cli.start; print('jax' in sys.modules, 'tyro' in sys.modules)"
+    code = "import sys, repvgg_jax.cli.start, repvgg_jax.predict; print('jax' in sys.modules, 'tyro' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False False"
 

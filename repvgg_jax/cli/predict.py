@@ -21,7 +21,7 @@ from repvgg_jax.data.sources.image_files import describe_left_out
 from repvgg_jax.data.sources.image_files import find_images as find_below
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.invocation import command
-from repvgg_jax.predict import EXPECTED, Prediction, predict
+from repvgg_jax.predict.classify import EXPECTED, Prediction, predict
 from repvgg_jax.terminal import printable
 
 _DESCRIPTION = "Classify images by the network in a deploy.safetensors."

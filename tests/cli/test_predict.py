@@ -267,7 +267,7 @@ def test_any_exception_of_one_image_is_told_and_the_others_are_classified(place,
             raise failures[path]
         return read_image(path, channels)
 
-    monkeypatch.setattr("repvgg_jax.predict.read_image", read)
+    monkeypatch.setattr("repvgg_jax.predict.classify.read_image", read)
     first, second, third = predict(load_deploy(place / "deploy.safetensors"), paths)
     assert (first.error, second.error) == ("MemoryError", "too deep")
     assert third.error is None

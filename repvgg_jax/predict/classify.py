@@ -1,0 +1,100 @@
+"""What a trained network sees in images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repvgg_jax.data import fit, normalize, read_image
+from repvgg_jax.data.sources.image_files import EXTENSIONS
+from repvgg_jax.interop.safetensors import Deployed
+from repvgg_jax.models import compile_inference
+from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Preprocess
+from repvgg_jax.terminal import printable
+
+EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"
+
+
+class Prediction(NamedTuple):
+    """What a network sees in one image.
+
+    Attributes:
+      path: of the image.
+      classes: `(name, probability)`, the likeliest first.
+      error: why there are no classes, without the path; or None.
+    """
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+
+def predict(
+    deployed: Deployed, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """Classify image files, as the network's evaluation would: resized, centre-cropped and normalised alike.
+
+    Args:
+      deployed: from `load_deploy`.
+      paths: of image files.
+      top: classes per image, at most as many as there are.
+      batch_size: images per call of the network; the next batch is decoded, in threads, while it computes.
+
+    Yields:
+      One prediction for each path, in order. A file that is missing or cannot be decoded has an `error`, and so has one
+      that is no regular file, or takes more memory than there is.
+
+    Raises:
+      ValueError: `top` or `batch_size` is less than 1.
+    """
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: expected at least 1")
+    if not paths:
+        return
+    preprocess = deployed.preprocess
+    size = min(batch_size, len(paths))
+    shape = (size, preprocess.image_size, preprocess.image_size, preprocess.channels)
+    forward = compile_inference(deployed.model, deployed.variables, jax.ShapeDtypeStruct(shape, jnp.float32))
+    normalized = partial(normalize, mean=preprocess.mean, std=preprocess.std)
+    prepare = jax.jit(normalized, compiler_options=compiler_options())
+    chunks = [[str(path) for path in paths[start : start + size]] for start in range(0, len(paths), size)]
+    with ThreadPoolExecutor() as pool:
+        read = partial(_read, preprocess=preprocess)
+        coming = list(map(partial(pool.submit, read), chunks[0]))
+        for chunk, after in zip(chunks, [*chunks[1:], []], strict=True):
+            results = [future.result() for future in coming]
+            coming = list(map(partial(pool.submit, read), after))
+            images = np.zeros(shape, np.uint8)
+            for index, result in enumerate(results):
+                if isinstance(result, np.ndarray):
+                    images[index] = result
+            probabilities = np.asarray(jax.nn.softmax(forward(prepare(images))))
+            for path, result, row in zip(chunk, results, probabilities, strict=False):
+                if isinstance(result, str):
+                    yield Prediction(path, error=result)
+                    continue
+                best = np.argsort(-row, kind="stable")[:top]
+                yield Prediction(path, tuple((preprocess.class_names[i], float(row[i])) for i in best))
+
+
+def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
+    """The image as the network takes it, or why there is none."""
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()  # raises why it cannot be read
+            return f"holds no image: {EXPECTED}"
+        image = read_image(path, preprocess.channels)
+        return fit(image, preprocess.image_size, preprocess.eval_resize, preprocess.interpolation)
+    # Whatever it is, a MemoryError too, it is of this image: the others are classified.
+    except Exception as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        return reason.removeprefix(f"{printable(path)}: ")
