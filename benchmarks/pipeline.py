@@ -6,7 +6,6 @@ of it), and of both as `train.py` runs them. 'memory' is as many images of 32×3
 """
 
 import argparse
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from repvgg_jax.cli.huge_pages import restart_with_huge_pages
 from repvgg_jax.data import Source, load_dataset, train_iterator
 from repvgg_jax.data.sources.memory import InMemory
 from repvgg_jax.training import PRESETS, TrainConfig
-from repvgg_jax.training.steps import create_mesh, shard_batch
+from repvgg_jax.training.steps.mesh import create_mesh, shard_batch
 
 HEADERS = ("data", "processes", "network", "batch", "pipeline alone", "step alone", "together", "of the slower")
 
@@ -72,13 +71,14 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
     """
     mesh = create_mesh()
     trainer = Trainer(config, mesh)
+    batch_size = config.optimization.batch_size
     iterator = train_iterator(
         source,
-        batch_size=config.batch_size,
-        image_size=config.image_size,
+        batch_size=batch_size,
+        image_size=config.data.image_size,
         channels=CHANNELS,
         seed=0,
-        crop="random_resized" if config.random_resized_crop else "resize",
+        crop="random_resized" if config.data.random_resized_crop else "resize",
         num_workers=workers,
     )
     one_batch = next(iterator)
@@ -90,8 +90,7 @@ def measure(config: TrainConfig, source: Source, workers: int, *, turns: int, se
     )
     try:
         rates = [
-            [images_per_second(turn, config.batch_size, seconds, trainer.wait) for turn in contestants]
-            for _ in range(turns)
+            [images_per_second(turn, batch_size, seconds, trainer.wait) for turn in contestants] for _ in range(turns)
         ]
     finally:
         iterator.close()
@@ -113,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workers = options.workers or [0, 2 if on_cpu else 8]
     memory = PRESETS["cifar10_a0_stride32" if on_cpu else "cifar10"]
     jpeg = PRESETS["imagenet"]
-    jpeg = dataclasses.replace(jpeg, batch_size=32) if on_cpu else dataclasses.replace(jpeg, dtype="bfloat16")
+    jpeg = jpeg.replace(batch_size=32) if on_cpu else jpeg.replace(dtype="bfloat16")
     print(f"{jax.device_count()} × {device.device_kind}, images/s, medians of {options.turns} turns")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
@@ -121,17 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name not in options.data:
                 continue
             if options.batch_size:
-                config = dataclasses.replace(config, batch_size=options.batch_size)
+                config = config.replace(batch_size=options.batch_size)
             if name == "memory":
                 source = images_in_memory(options.images or 50_000)
             else:
                 source = jpeg_files(Path(directory), options.images or 2_000)
             for count in workers if name == "jpeg" else [0]:
                 rates = measure(config, source, count, turns=options.turns, seconds=options.seconds)
-                network = f"{config.variant}, {config.image_size}², {config.dtype}"
+                network = f"{config.network.variant}, {config.data.image_size}², {config.network.dtype}"
                 share = rates.together / min(rates.pipeline, rates.step)
                 numbers = [f"{rate:,.0f}" for rate in rates]
-                rows.append((name, count, network, config.batch_size, *numbers, f"{100 * share:.0f} %"))
+                rows.append((name, count, network, config.optimization.batch_size, *numbers, f"{100 * share:.0f} %"))
     print(tabulate(rows, HEADERS, disable_numparse=True, colalign=("left", "right", "left", *["right"] * 5)))
 
 

@@ -9,7 +9,6 @@ of the ratios to the preset within a turn. Flags that change only where training
 """
 
 import argparse
-import dataclasses
 import shlex
 import time
 from collections import deque
@@ -25,17 +24,12 @@ from tabulate import tabulate
 from benchmarks.command import end_with, positive, whole
 from repvgg_jax.cli.devices import require_devices
 from repvgg_jax.cli.huge_pages import restart_with_huge_pages
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.training import PRESETS, TrainConfig
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.steps import (
-    Batch,
-    abstract_batch,
-    abstract_state,
-    create_mesh,
-    create_state,
-    make_train_step,
-    shard_batch,
-)
+from repvgg_jax.training.steps.mesh import Batch, abstract_batch, create_mesh, shard_batch
+from repvgg_jax.training.steps.optimizer import create_optimizer
+from repvgg_jax.training.steps.state import abstract_state, create_state
+from repvgg_jax.training.steps.train_step import make_train_step
 
 CHANNELS = 3
 STEPS_PER_EPOCH = 100
@@ -45,13 +39,12 @@ class Trainer:
     """The compiled training step of a config for ten classes, and its state; as in training, two steps ahead."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        if config.mean is None:
-            config = dataclasses.replace(config, mean=(0.5,) * CHANNELS, std=(0.25,) * CHANNELS)
-        model = config.create_model(num_classes=10)
-        optimizer = create_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH)
+        normalization = config.data.normalization or Normalization((0.5,) * CHANNELS, (0.25,) * CHANNELS)
+        model = config.network.create_model(num_classes=10)
+        optimizer = create_optimizer(config.optimization, STEPS_PER_EPOCH, frozen=config.network.frozen)
         setting = (model, optimizer, config, CHANNELS, mesh)
         shapes = (abstract_state(*setting), abstract_batch(config, CHANNELS, mesh))
-        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=STEPS_PER_EPOCH)
+        step = make_train_step(model, optimizer, config, normalization, mesh, steps_per_epoch=STEPS_PER_EPOCH)
         self._step = step.lower(*shapes).compile()
         self._state = create_state(*setting)
         self._ahead: deque[Any] = deque()
@@ -85,8 +78,9 @@ def images_per_second(turn: Callable[[], Any], images: int, seconds: float, wait
 def random_batch(config: TrainConfig, mesh: Mesh) -> Batch:
     """Noise of the shapes that the config trains on."""
     random = np.random.default_rng(0)
-    shape = (config.batch_size, config.image_size, config.image_size, CHANNELS)
-    images, labels = random.integers(0, 256, shape, np.uint8), random.integers(0, 10, config.batch_size, np.int32)
+    count, size = config.optimization.batch_size, config.data.image_size
+    images = random.integers(0, 256, (count, size, size, CHANNELS), np.uint8)
+    labels = random.integers(0, 10, count, np.int32)
     return shard_batch({"image": images, "label": labels, "index": np.arange(len(labels), dtype=np.int32)}, mesh)
 
 
@@ -94,7 +88,8 @@ def contestant(config: TrainConfig, seconds: float) -> Callable[[], float]:
     """A function that trains for so many seconds and returns images per second."""
     mesh = create_mesh()
     trainer, batch = Trainer(config, mesh), random_batch(config, mesh)
-    return lambda: images_per_second(lambda: trainer.step(batch), config.batch_size, seconds, trainer.wait)
+    images = config.optimization.batch_size
+    return lambda: images_per_second(lambda: trainer.step(batch), images, seconds, trainer.wait)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
     alternatives = ["", *options.also]
-    configs = [tyro.cli(TrainConfig, args=shlex.split(flags), default=preset) for flags in alternatives]
+    flat = (tyro.conf.OmitArgPrefixes,)
+    configs = [tyro.cli(TrainConfig, args=shlex.split(flags), default=preset, config=flat) for flags in alternatives]
     device = require_devices()[0]
     contestants = [contestant(config, options.seconds) for config in configs]
     rates = np.array([[turn() for turn in contestants] for _ in range(options.turns)])

@@ -68,6 +68,25 @@ def require_bounds(record: Any) -> None:
             raise ValueError(f"{field.name} is {shown(value)}: expected {bound.expected}")
 
 
+def check_fields(record: Any) -> None:
+    """Take lists in the fields of a frozen dataclass for tuples, and see that types and bounds hold.
+
+    Raises:
+      ValueError: as `require_types` and `require_bounds`.
+    """
+    for name, value in vars(record).items():
+        if isinstance(value, list):
+            object.__setattr__(record, name, tuple(value))
+    require_types(record)
+    require_bounds(record)
+
+
+def require(record: Any, name: str, holds: bool, expected: str) -> None:
+    """Raise a ValueError, which says what a field is and what was expected, unless something holds."""
+    if not holds:
+        raise ValueError(f"{name} is {shown(getattr(record, name))}: expected {expected}")
+
+
 def read_json(text: str | bytes) -> Any:
     """Parse JSON that holds finite numbers alone.
 

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.fields import require_types, shown
+from repvgg_jax.fields import check_fields, shown
 
 Interpolation = Literal["bilinear", "bicubic"]
 # Side of an image in pixels: one image takes gigabytes in a network then.
 LARGEST_SIDE = 8192
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of pixels in units of [0, 1], one value of each a channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return len(self.mean)
+
+
+def require_normalization(normalization: Normalization, channels: int) -> None:
+    """Raise a ValueError unless images of so many channels are finite in float32 when they are normalised."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {shown(channels)}: expected 1 (gray) or 3 (RGB)")
+    for name, values in normalization._asdict().items():
+        if len(values) != channels:
+            raise ValueError(f"{name} is {shown(values)}: expected as many values as channels (={channels})")
+    mean, std = normalization
+    if any(each < 1e-30 for each in std):
+        raise ValueError(f"std is {shown(std)}: expected positive numbers")
+    if any((1 + abs(centre)) / spread > 1e30 for centre, spread in zip(mean, std, strict=True)):
+        raise ValueError(f"mean is {shown(mean)}: expected numbers of the size of pixels, in [0, 1] units")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +70,10 @@ class Preprocess:
     interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "class_names"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        require_types(self)
+        check_fields(self)
         if not 1 <= self.image_size <= LARGEST_SIDE:
             raise ValueError(f"image_size is {shown(self.image_size)}: expected 1 to {LARGEST_SIDE} pixels")
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels is {shown(self.channels)}: expected 1 (gray) or 3 (RGB)")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels:
-                raise ValueError(f"{name} is {shown(values)}: expected as many values as channels (={self.channels})")
-        # Down to 1e-30 and up to 1e30, so that a normalised image is finite in float32.
-        if any(std < 1e-30 for std in self.std):
-            raise ValueError(f"std is {shown(self.std)}: expected positive numbers")
-        if any((1 + abs(mean)) / std > 1e30 for mean, std in zip(self.mean, self.std, strict=True)):
-            raise ValueError(f"mean is {shown(self.mean)}: expected numbers of the size of pixels, in [0, 1] units")
+        require_normalization(Normalization(self.mean, self.std), self.channels)
         if self.eval_resize is not None and not self.image_size <= self.eval_resize <= LARGEST_SIDE:
             raise ValueError(
                 f"eval_resize is {shown(self.eval_resize)}: expected None, or at least image_size "

@@ -1,6 +1,5 @@
 """The benchmark commands run, measure what they say, and say what they could not."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -129,7 +128,7 @@ def test_the_deploy_form_needs_less_memory_than_the_training_form_and_gradients_
 @pytest.mark.parametrize("data", ["memory", "jpeg"])
 def test_the_pipeline_is_measured_alone_beside_the_step_and_with_it(data, monkeypatch, capsys):
     small = dict(depths=(1, 1, 2, 1), width_multiplier=(0.25, 0.125, 0.0625, 0.0625), image_size=32)
-    presets = {name: dataclasses.replace(config, **small) for name, config in pipeline.PRESETS.items()}
+    presets = {name: config.replace(**small) for name, config in pipeline.PRESETS.items()}
     monkeypatch.setattr(pipeline, "PRESETS", presets)
     few = ["--images", "17", "--batch-size", "8", "--workers", "0", "--turns", "1", "--seconds", "0.01"]
     pipeline.main(["--data", data, *few])
@@ -143,21 +142,21 @@ def test_the_rates_of_a_preset_and_of_other_flags_stand_beside_their_ratio(monke
 
     def contestant(config, seconds):
         raced.append(config)
-        return lambda: 60.0 if config.trivial_augment else 40.0
+        return lambda: 60.0 if config.augmentation.trivial_augment else 40.0
 
     monkeypatch.setattr(step, "contestant", contestant)
     step.main(["cifar10_cpu", "--also=--image-size 16 --trivial-augment", "--turns", "2"])
     preset, other = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     assert preset == ["cifar10_cpu", "40.0", "1.00"]
     assert other == ["cifar10_cpu", "--image-size", "16", "--trivial-augment", "60.0", "1.50"]
-    given = dataclasses.replace(step.PRESETS["cifar10_cpu"], image_size=16, trivial_augment=True)
+    given = step.PRESETS["cifar10_cpu"].replace(image_size=16, trivial_augment=True)
     assert raced == [step.PRESETS["cifar10_cpu"], given]
 
 
 @pytest.mark.long
 def test_a_preset_races_against_itself_with_other_flags(monkeypatch, capsys):
     small = dict(depths=(1, 1, 1, 1), width_multiplier=(0.125,) * 4, image_size=16, batch_size=8)
-    monkeypatch.setattr(step, "PRESETS", {"cifar10_cpu": dataclasses.replace(step.PRESETS["cifar10_cpu"], **small)})
+    monkeypatch.setattr(step, "PRESETS", {"cifar10_cpu": step.PRESETS["cifar10_cpu"].replace(**small)})
     raced, contestant = [], step.contestant
     monkeypatch.setattr(step, "contestant", lambda config, *rest: raced.append(config) or contestant(config, *rest))
     larger = "--image-size 32 --trivial-augment"
@@ -166,7 +165,8 @@ def test_a_preset_races_against_itself_with_other_flags(monkeypatch, capsys):
     assert preset[0] == other[0] == "cifar10_cpu"
     assert preset[-1] == "1.00"
     assert other[1:-2] == larger.split()
-    assert [(config.image_size, config.trivial_augment) for config in raced] == [(16, False), (32, True)]
+    sizes = [(config.data.image_size, config.augmentation.trivial_augment) for config in raced]
+    assert sizes == [(16, False), (32, True)]
     first, second = (float(row[-2].replace(",", "")) for row in (preset, other))
     assert float(other[-1]) == pytest.approx(second / first, abs=0.02)
 

@@ -9,11 +9,12 @@ import pytest
 
 from repvgg_jax import create_model, fuse, fuse_model, reparameterize
 from repvgg_jax.models import reopen_model
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.reparam import equivalent_kernels
-from repvgg_jax.training import PRESETS
-from repvgg_jax.training.augmentation import augment
+from repvgg_jax.training.config import AugmentationConfig
 from repvgg_jax.training.start.near_identity import residual_start
 from repvgg_jax.training.start.whitening import whiten_stem
+from repvgg_jax.training.steps.augmentation import augment
 
 IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
 
@@ -81,9 +82,11 @@ def test_images_are_augmented(channels):
     everything = dict(
         crop_padding=2, flip=True, trivial_augment=True, color_jitter=0.4, cutout=4, mixup=0.2, cutmix=1.0
     )
-    config = dataclasses.replace(PRESETS["digits"], **everything, mean=(0.5,) * channels, std=(0.5,) * channels)
+    config = AugmentationConfig(**everything)
+    normalization = Normalization((0.5,) * channels, (0.5,) * channels)
     pixels = jax.ShapeDtypeStruct((4, 16, 16, channels), jnp.uint8)
     integers = jax.ShapeDtypeStruct((4,), jnp.int32)
     batch = {"image": pixels, "label": integers, "index": integers}
-    for settings in (config, dataclasses.replace(config, alternate_flip=True)):
-        jax.eval_shape(partial(augment, config=settings, num_classes=5, epoch=0), jax.random.key(0), batch)
+    for each in (config, dataclasses.replace(config, alternate_flip=True)):
+        settings = dict(config=each, normalization=normalization, num_classes=5, seed=0, epoch=0)
+        jax.eval_shape(partial(augment, **settings), jax.random.key(0), batch)

@@ -20,12 +20,11 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models import summarize
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.config import PRESETS, TrainConfig
 from repvgg_jax.training.distributed import Cluster, is_primary
 from repvgg_jax.training.epoch import TrainingDivergedError
 from repvgg_jax.training.loop import train_and_evaluate
 from repvgg_jax.training.preemption import TerminatedError
-from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run.paths import run_directory
 
 _FAILURES = {
@@ -37,7 +36,7 @@ _FAILURES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
     cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Cluster)
     workdir: Path | None = None
     """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
@@ -93,10 +92,12 @@ def _train(arguments: list[str], _: Output) -> int:
 def _summary(config: TrainConfig) -> str:
     """The table of a config's network; the data set tells classes and channels where it is at hand."""
     try:
-        dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
+        dataset = load_dataset(config.data.dataset, data_dir=config.data.data_dir, seed=config.seed)
         classes, channels, note = dataset.num_classes, dataset.channels, ""
     except FileNotFoundError:
         classes, channels = 1000, 3
-        note = f"\n\n{printable(config.dataset)} is not at hand: counted with {classes} classes and {channels} channels"
-    summary = summarize(config.create_model(classes), (config.image_size, config.image_size, channels))
-    return f"{config.variant} on {config.image_size}×{config.image_size} images\n\n{summary}{note}"
+        name = printable(config.data.dataset)
+        note = f"\n\n{name} is not at hand: counted with {classes} classes and {channels} channels"
+    size = config.data.image_size
+    summary = summarize(config.network.create_model(classes), (size, size, channels))
+    return f"{config.network.variant} on {size}×{size} images\n\n{summary}{note}"

@@ -8,11 +8,10 @@ import numpy as np
 
 from repvgg_jax.data.dataset import Source
 from repvgg_jax.data.pipeline import ReadBatch, read_options
+from repvgg_jax.preprocess import Normalization
 
 
-def measure_normalization(
-    source: Source, *, image_size: int, channels: int, limit: int = 10_000
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_normalization(source: Source, *, image_size: int, channels: int, limit: int = 10_000) -> Normalization:
     """Measure mean and standard deviation of the pixels, by channel, in units of [0, 1].
 
     Args:
@@ -22,7 +21,7 @@ def measure_normalization(
       limit: at most so many images are read, evenly spaced.
 
     Returns:
-      `(mean, std)`, C floats each; the std of a constant channel is given as 1.
+      C means and C standard deviations; that of a constant channel is given as 1.
 
     Raises:
       ValueError: the source is empty or `limit` is less than 1.
@@ -45,4 +44,4 @@ def measure_normalization(
     count = size * image_size**2
     variances = [count * s - t**2 for s, t in zip(squares, total, strict=True)]
     std = tuple(math.sqrt(v) / count / 255 if v else 1.0 for v in variances)
-    return tuple(t / count / 255 for t in total), std
+    return Normalization(tuple(t / count / 255 for t in total), std)

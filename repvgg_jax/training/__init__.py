@@ -1,10 +1,9 @@
 """Scripted training of RepVGG: configs, steps, loop, checkpoints, run reports."""
 
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.config import PRESETS, TrainConfig
 from repvgg_jax.training.epoch import TrainingDivergedError
 from repvgg_jax.training.loop import Result, train_and_evaluate
 from repvgg_jax.training.preemption import TerminatedError
-from repvgg_jax.training.presets import PRESETS
 from repvgg_jax.training.run.directory import fuse_run
 
 __all__ = [

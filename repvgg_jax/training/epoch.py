@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.config import OptimizationConfig
 from repvgg_jax.training.preemption import Interruption
 from repvgg_jax.training.progress import ProgressBar
 from repvgg_jax.training.run.checkpoints import EpochMetrics
-from repvgg_jax.training.steps import TrainState
+from repvgg_jax.training.steps.state import TrainState
 
 StepMetrics = dict[str, jax.Array]
 
@@ -83,7 +83,7 @@ class FiniteCheck:
       saved_step: of the newest checkpoint, or None; for the message.
     """
 
-    def __init__(self, config: TrainConfig, saved_step: int | None = None):
+    def __init__(self, config: OptimizationConfig, saved_step: int | None = None):
         self.saved_step = saved_step
         self._config = config
         self._unchecked: list[jax.Array] = []

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repvgg_jax.training.steps import shard_batch
+from repvgg_jax.training.steps.mesh import shard_batch
 
 
 class Evaluation(NamedTuple):

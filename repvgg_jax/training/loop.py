@@ -17,32 +17,27 @@ from jax.sharding import Mesh
 
 from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.models import RepVGG
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training.config import StartConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary, on_primary, wait_for_all
 from repvgg_jax.training.epoch import FiniteCheck, Steps, epoch_record, summarize_epoch, watch
 from repvgg_jax.training.evaluation import evaluate
-from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from repvgg_jax.training.preemption import Interruption, interruptions
 from repvgg_jax.training.progress import ProgressBar, epoch_line, print_header
 from repvgg_jax.training.run.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.run.claim import claim, only_run_in
 from repvgg_jax.training.run.comparison import Comparison
+from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.directory import evaluation_batches, finish, open_data
 from repvgg_jax.training.run.metrics_log import MetricsLog
 from repvgg_jax.training.run.paths import run_directory
 from repvgg_jax.training.run.plots import Pictures
 from repvgg_jax.training.start.warm_start import require_same_network, start_from
-from repvgg_jax.training.steps import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    create_mesh,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    require_divisible,
-    shard_batch,
-)
+from repvgg_jax.training.steps.eval_step import make_eval_step
+from repvgg_jax.training.steps.mesh import abstract_batch, create_mesh, require_divisible, shard_batch
+from repvgg_jax.training.steps.optimizer import create_optimizer, learning_rate_schedule
+from repvgg_jax.training.steps.state import TrainState, abstract_state, create_state
+from repvgg_jax.training.steps.train_step import make_train_step
 
 
 class Result(NamedTuple):
@@ -71,7 +66,7 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     system. Process 0 writes and prints. SIGTERM and Ctrl-C end the step, save a checkpoint, and then raise.
 
     Args:
-      config: e.g. `dataclasses.replace(PRESETS["digits"], epochs=1)`.
+      config: e.g. `PRESETS["digits"].replace(epochs=1)`.
       workdir: the run directory; made if it does not exist. An unfinished run of the same config in it is resumed
         from its newest checkpoint.
 
@@ -88,28 +83,34 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     workdir = run_directory(workdir)
     mesh = create_mesh()
     require_divisible(config, mesh, "batch_size", "eval_batch_size")
-    config, dataset = open_data(config)
-    if len(dataset.train) < config.batch_size:
+    dataset, normalization = open_data(config)
+    if len(dataset.train) < config.optimization.batch_size:
         raise ValueError(
-            f"batch_size is {config.batch_size}: expected at most {len(dataset.train)}, the images in the training "
-            f"split of {config.dataset}"
+            f"batch_size is {config.optimization.batch_size}: expected at most {len(dataset.train)}, the images in the "
+            f"training split of {config.data.dataset}"
         )
     require_same_network(config, dataset.channels)
+    record = DataRecord.of(dataset, normalization)
     with contextlib.ExitStack() as held:
-        on_primary(partial(_take, workdir, config, dataset, held))
-        with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            model, state, history = train(config, dataset, mesh, workdir, checkpoints)
-        comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh)
+        on_primary(partial(_take, workdir, config, record, held))
+        with Checkpoints(workdir, keep=config.checkpoints.keep_checkpoints) as checkpoints:
+            model, state, history = train(config, dataset, normalization, mesh, workdir, checkpoints)
+        comparison = finish(workdir, config, dataset, normalization, model, state.eval_variables, mesh)
     return Result(workdir, state, comparison, history)
 
 
-def _take(workdir: Path, config: TrainConfig, dataset: ImageDataset, held: contextlib.ExitStack) -> None:
-    claim(workdir, config, dataset)
+def _take(workdir: Path, config: TrainConfig, record: DataRecord, held: contextlib.ExitStack) -> None:
+    claim(workdir, config, record)
     held.enter_context(only_run_in(workdir))
 
 
 def train(
-    config: TrainConfig, dataset: ImageDataset, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
+    config: TrainConfig,
+    dataset: ImageDataset,
+    normalization: Normalization,
+    mesh: Mesh,
+    workdir: Path,
+    checkpoints: Checkpoints,
 ) -> tuple[RepVGG, TrainState, list[dict[str, float]]]:
     """Train from the newest checkpoint, or from the start, to the last epoch.
 
@@ -117,32 +118,35 @@ def train(
       The model in its training form, the train state, and a line of metrics for each epoch.
     """
     # Network, optimizer, data.
-    steps_per_epoch = len(dataset.train) // config.batch_size
-    model, optimizer = config.create_model(dataset.num_classes), create_optimizer(config, steps_per_epoch)
+    total_epochs, batch_size = config.optimization.epochs, config.optimization.batch_size
+    steps_per_epoch = len(dataset.train) // batch_size
+    model = config.network.create_model(dataset.num_classes)
+    optimizer = create_optimizer(config.optimization, steps_per_epoch, frozen=config.network.frozen)
     setting = Setting(model, optimizer, config, dataset.channels, mesh)
     iterator = _training_batches(config, dataset)
     batches = (shard_batch(batch, mesh) for batch in iterator)
 
     # Begin, or go on from the newest checkpoint.
-    state, earlier = _begin_or_restore(setting, iterator, checkpoints)
+    state, earlier = _begin_or_restore(setting, normalization, iterator, checkpoints)
     done = int(state.step)
-    check = FiniteCheck(config, saved_step=checkpoints.latest_step)
-    epochs = range(done // steps_per_epoch + 1, config.epochs + 1)
+    check = FiniteCheck(config.optimization, saved_step=checkpoints.latest_step)
+    epochs = range(done // steps_per_epoch + 1, total_epochs + 1)
 
     # Compile, so that images/s measures training alone.
     start = time.perf_counter()
-    train_steps = _compile(setting, epochs, steps_per_epoch)
-    eval_step = make_eval_step(model, config, mesh)
+    train_steps = _compile(setting, normalization, epochs, steps_per_epoch)
+    eval_step = make_eval_step(model, normalization, mesh)
     seconds = time.perf_counter() - start
     print_header(config, dataset, workdir, done=done, steps_per_epoch=steps_per_epoch, compiled_in=seconds)
 
     # Epochs.
-    schedule, pictures = learning_rate_schedule(config, steps_per_epoch), Pictures(workdir, dataset.class_names)
+    schedule = learning_rate_schedule(config.optimization, steps_per_epoch)
+    pictures = Pictures(workdir, dataset.class_names)
     with (
         interruptions() as interruption,
         contextlib.closing(iterator),
         MetricsLog(workdir, resume_epoch=epochs.start - 1, write=is_primary()) as log,
-        ProgressBar(config.epochs * steps_per_epoch, done, config.batch_size) as bar,
+        ProgressBar(total_epochs * steps_per_epoch, done, batch_size) as bar,
     ):
         for epoch in epochs:
             start = time.perf_counter()
@@ -155,19 +159,19 @@ def train(
                 check.require(float(optax.tree.norm(state.eval_variables)), f"step {state.step}")
                 checkpoints.save(state, iterator.get_state(), epoch_metrics=epoch_metrics)
                 checkpoints.wait()
-                raise _stopped(interruption, state, config.epochs * steps_per_epoch, workdir)
-            images_per_second = len(numbers) * config.batch_size / train_seconds
+                raise _stopped(interruption, state, total_epochs * steps_per_epoch, workdir)
+            images_per_second = len(numbers) * batch_size / train_seconds
             earlier, summary = [], summarize_epoch(epoch_metrics)
             check.require(summary["loss"], f"epoch {epoch}")
-            test = evaluate(eval_step, state.eval_variables, evaluation_batches(config, dataset), mesh)
+            test = evaluate(eval_step, state.eval_variables, evaluation_batches(config.data, dataset), mesh)
             # The last step's update is in no training loss yet, and must not reach a checkpoint broken.
             check.require(test.metrics["loss"], f"the end of epoch {epoch}")
             rate, seconds = float(schedule(int(state.step) - 1)), time.perf_counter() - start
             log.write(epoch_record(epoch, int(state.step), rate, summary, test.metrics, images_per_second, seconds))
             if is_primary():
-                bar.write(epoch_line(log.history[-1], config.epochs))
+                bar.write(epoch_line(log.history[-1], total_epochs))
                 pictures.draw(log.history, test.labels, test.predictions)
-            if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
+            if epoch % config.checkpoints.checkpoint_every == 0 or epoch == total_epochs:
                 checkpoints.save(state, iterator.get_state(), accuracy=test.metrics["accuracy"])
                 check.saved_step = int(state.step)
         checkpoints.wait()
@@ -178,20 +182,22 @@ def _training_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
     """This process's share of an endless stream of batches."""
     return train_iterator(
         dataset.train,
-        batch_size=config.batch_size // jax.process_count(),
-        image_size=config.image_size,
+        batch_size=config.optimization.batch_size // jax.process_count(),
+        image_size=config.data.image_size,
         channels=dataset.channels,
         seed=config.seed,
-        crop="random_resized" if config.random_resized_crop else "resize",
+        crop="random_resized" if config.data.random_resized_crop else "resize",
         shard=(jax.process_index(), jax.process_count()),
-        num_workers=config.num_workers,
+        num_workers=config.data.num_workers,
     )
 
 
-def _begin_or_restore(setting: Setting, iterator: Any, checkpoints: Checkpoints) -> tuple[TrainState, EpochMetrics]:
+def _begin_or_restore(
+    setting: Setting, normalization: Normalization, iterator: Any, checkpoints: Checkpoints
+) -> tuple[TrainState, EpochMetrics]:
     """The state to train from, and the metrics of the steps that an earlier process made of its epoch."""
     if checkpoints.latest_step is None:
-        return _begin(setting, iterator), []
+        return _begin(setting, normalization, iterator), []
     state, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting))
     wait_for_all("restored")
     checkpoints.set_aside(damaged)
@@ -199,26 +205,30 @@ def _begin_or_restore(setting: Setting, iterator: Any, checkpoints: Checkpoints)
     return state, epoch_metrics
 
 
-def _begin(setting: Setting, iterator: Any) -> TrainState:
+def _begin(setting: Setting, normalization: Normalization, iterator: Any) -> TrainState:
     """A state to begin with, changed as the config says; the stream of batches stays at its beginning."""
     config, state = setting.config, create_state(*setting)
-    if config.init_from is None and not config.whiten_stem and config.residual_scale is None:
+    if config.start == StartConfig():
         return state
     beginning = iterator.get_state()
-    variables = start_from(config, state.variables, lambda: shard_batch(next(iterator), setting.mesh))
+    variables = start_from(config, normalization, state.variables, lambda: shard_batch(next(iterator), setting.mesh))
     iterator.set_state(beginning)
     # A copy: the training step donates its state, and must not be given one array twice.
     average = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
     return TrainState(state.step, **variables, opt_state=state.opt_state, ema=average)
 
 
-def _compile(setting: Setting, epochs: Iterable[int], steps_per_epoch: int) -> dict[TrainConfig, jax.stages.Compiled]:
+def _compile(
+    setting: Setting, normalization: Normalization, epochs: Iterable[int], steps_per_epoch: int
+) -> dict[TrainConfig, jax.stages.Compiled]:
     """The training step for each of the settings that these epochs have."""
     model, optimizer, config, channels, mesh = setting
     shapes = (abstract_state(*setting), abstract_batch(config, channels, mesh))
     # In the same order in every process: XLA's autotuning on GPUs waits for the others at each program.
     return {
-        each: make_train_step(model, optimizer, each, mesh, steps_per_epoch=steps_per_epoch).lower(*shapes).compile()
+        each: make_train_step(model, optimizer, each, normalization, mesh, steps_per_epoch=steps_per_epoch)
+        .lower(*shapes)
+        .compile()
         for each in dict.fromkeys(map(config.at_epoch, epochs))
     }
 

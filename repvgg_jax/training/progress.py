@@ -39,11 +39,12 @@ def print_header(
     resumed = f", resuming after epoch {epochs}" if done else ""
     if steps:
         resumed += f" and {steps} steps"
+    settings = config.optimization
     print(
-        f"{config.variant} on {printable(config.dataset)}: {len(dataset.train):,} training and "
-        f"{len(dataset.test):,} test images, {dataset.num_classes} classes, {config.epochs} epochs "
+        f"{config.network.variant} on {printable(config.data.dataset)}: {len(dataset.train):,} training and "
+        f"{len(dataset.test):,} test images, {dataset.num_classes} classes, {settings.epochs} epochs "
         f"of {steps_per_epoch} steps on {devices}{resumed}\n"
-        f"peak learning rate {config.peak_learning_rate:.4g} at batch size {config.batch_size}\n"
+        f"peak learning rate {settings.peak_learning_rate:.4g} at batch size {settings.batch_size}\n"
         f"run directory: {printable(str(workdir))} (training step compiled in {compiled_in:.1f} s)",
         flush=True,
     )

@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import io
 import json
@@ -16,7 +15,8 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-import repvgg_jax.training.config as config_module
+import repvgg_jax.training.config.parts as parts_module
+import repvgg_jax.training.config.train_config as train_config_module
 from repvgg_jax.cli import train as train_module
 from repvgg_jax.cli.fuse import fuse_command
 from repvgg_jax.cli.train import train_command
@@ -41,7 +41,7 @@ def test_training_by_flags_ends_with_the_table_and_a_run_directory(data_dir, tmp
     assert "epoch 1/1  train loss" in output
     assert "predictions changed" in output
     assert f"report: {run / 'report.md'}" in output
-    assert json.loads((run / "config.json").read_text())["depths"] == [1, 1, 1, 1]
+    assert json.loads((run / "config.json").read_text())["network"]["depths"] == [1, 1, 1, 1]
 
 
 def test_without_a_workdir_a_run_is_named_by_preset_and_time(monkeypatch):
@@ -97,10 +97,10 @@ def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         train_command(["cifar10", "--help"])
     text = "".join(capsys.readouterr().out.replace("│", " ").split())
-    source = Path(config_module.__file__).read_text()
-    for field in dataclasses.fields(TrainConfig):
-        (explanation,) = re.findall(rf'^    {field.name}: .*\n    """(.+)"""$', source, re.MULTILINE)
-        assert f"--{field.name.replace('_', '-')}" in text
+    source = Path(parts_module.__file__).read_text() + Path(train_config_module.__file__).read_text()
+    for name in TrainConfig().settings:
+        (explanation,) = re.findall(rf'^    {name}: .*\n    """(.+)"""$', source, re.MULTILINE)
+        assert f"--{name.replace('_', '-')}" in text
         assert "".join(explanation.split()) in text
     assert "(default:11222)" in text
 
@@ -253,7 +253,7 @@ def test_a_run_of_odd_names_is_fused_and_started_from(tiny, finished, begin, tmp
     run = shutil.copytree(finished.workdir, tmp_path / "lr=0.1,widths=[1,2]")
     assert fuse_run(run).agreement == finished.comparison.agreement
     record = (run / "dataset.json").read_bytes()
-    state, _ = begin(dataclasses.replace(tiny, init_from=str(run)), tmp_path / "next=[1]")
+    state, _ = begin(tiny.replace(init_from=str(run)), tmp_path / "next=[1]")
     assert (run / "dataset.json").read_bytes() == record
     chex.assert_trees_all_equal(state.variables, jax.device_get(finished.state.variables))
 
@@ -268,9 +268,7 @@ def odd_classes(tiny, tmp_path):
             Image.fromarray(np.full((8, 8, 3), 60 * label + number, np.uint8)).save(
                 tmp_path / "data" / name / f"{number}.png"
             )
-    config = dataclasses.replace(
-        tiny, dataset=f"folder:{tmp_path / 'data'}", epochs=1, batch_size=16, eval_batch_size=8
-    )
+    config = tiny.replace(dataset=f"folder:{tmp_path / 'data'}", epochs=1, batch_size=16, eval_batch_size=8)
     return config, tuple(sorted(names))
 
 
@@ -288,7 +286,7 @@ def test_classes_of_any_name_train_to_the_end_and_may_move(odd_classes, tmp_path
     assert (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert load_deploy(tmp_path / "run" / "deploy.safetensors").preprocess.class_names == names
     (tmp_path / "data").rename(tmp_path / "moved")
-    again = train_and_evaluate(dataclasses.replace(config, dataset=f"folder:{tmp_path / 'moved'}"), tmp_path / "run")
+    again = train_and_evaluate(config.replace(dataset=f"folder:{tmp_path / 'moved'}"), tmp_path / "run")
     chex.assert_trees_all_equal(again.state, result.state)
     fused = fuse_run(tmp_path / "run", data_dir=str(tmp_path / "moved"))
     assert fused.agreement == result.comparison.agreement

@@ -27,7 +27,7 @@ def test_the_notebook_runs_from_a_clean_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, 4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source += "\nconfig = dataclasses.replace(config, epochs=1, depths=(1, 2, 1, 1))"
+    parameters.source += "\nconfig = config.replace(epochs=1, depths=(1, 2, 1, 1))"
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     text = printed(notebook)
     assert "predictions_changed=0, compared=256" in text

@@ -1,6 +1,5 @@
 """Two real processes over jax.distributed on this machine, and what each of several reads."""
 
-import dataclasses
 import os
 import re
 import shutil
@@ -20,8 +19,9 @@ from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.training import TrainConfig, distributed, loop, train_and_evaluate
 from repvgg_jax.training.distributed import on_primary
 from repvgg_jax.training.run import directory
+from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.metrics_log import read_metrics
-from repvgg_jax.training.steps import create_mesh
+from repvgg_jax.training.steps.mesh import create_mesh
 from tests.cli.test_commands import FINISHED as TINY
 from tests.training.test_killed import FLAGS, ROOT, final_state
 
@@ -64,8 +64,9 @@ def finish(processes):
 
 @pytest.mark.long
 def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny, finished, tmp_path):
-    first, second = finish(start_two(TINY, tmp_path / "two", tiny.data_dir, tmp_path / "cache"))
+    first, second = finish(start_two(TINY, tmp_path / "two", tiny.data.data_dir, tmp_path / "cache"))
     assert TrainConfig.load(tmp_path / "two" / "config.json") == TrainConfig.load(finished.workdir / "config.json")
+    assert DataRecord.load(tmp_path / "two") == DataRecord.load(finished.workdir)
     assert "2 × cpu in 2 processes" in first
     assert "predictions changed" in first
     assert "epoch" not in second
@@ -81,7 +82,9 @@ def test_two_processes_train_save_and_report_as_one_with_eight_devices_does(tiny
 @pytest.mark.long
 def test_a_config_that_process_0_refuses_stops_both(tiny, finished, tmp_path):
     shutil.copytree(finished.workdir, tmp_path / "run")
-    processes = start_two(TINY.replace("--epochs 2", "--epochs 3"), tmp_path / "run", tiny.data_dir, tmp_path / "cache")
+    processes = start_two(
+        TINY.replace("--epochs 2", "--epochs 3"), tmp_path / "run", tiny.data.data_dir, tmp_path / "cache"
+    )
     first, second = (process.communicate(timeout=120)[0] for process in processes)
     assert [process.returncode for process in processes] == [2, 2], first + second
     assert "another config (epochs was 2, is 3)" in first
@@ -91,7 +94,7 @@ def test_a_config_that_process_0_refuses_stops_both(tiny, finished, tmp_path):
 @pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_both_at_the_same_step(tiny, tmp_path):
     flags = f"{TINY} --learning-rate 1e30"
-    processes = start_two(flags, tmp_path / "run", tiny.data_dir, tmp_path / "cache")
+    processes = start_two(flags, tmp_path / "run", tiny.data.data_dir, tmp_path / "cache")
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], outputs
     named = [re.findall(r"the loss is (?:nan|inf) at (epoch 1, step [1-9]); there is no", output) for output in outputs]
@@ -142,7 +145,7 @@ def test_a_process_that_is_not_the_first_neither_tells_nor_writes_the_end_of_a_r
         table, check = (lambda _: "the table"), (lambda _: None)
 
     monkeypatch.setattr(directory, "fuse_and_compare", lambda *_: (None, None, Alike()))
-    arguments = (tmp_path, None, None, None, None, None)
+    arguments = (tmp_path, None, None, None, None, None, None)
     directory.finish(*arguments, check_only=True)
     assert "the table" in capfd.readouterr().out
     monkeypatch.setattr(directory, "is_primary", lambda: False)
@@ -166,7 +169,7 @@ def test_a_run_of_another_config_or_of_damaged_metrics_is_refused_in_both_proces
     monkeypatch.setattr(loop, "train", train)
     with pytest.raises(BegunError):
         train_and_evaluate(tiny, tmp_path / "run")
-    config = dataclasses.replace(tiny, epochs=3)
+    config = tiny.replace(epochs=3)
     become(0)
     with pytest.raises(ValueError, match=r"another config \(epochs was 2, is 3\)"):
         train_and_evaluate(config, tmp_path / "run")
@@ -194,14 +197,14 @@ def labels_read(config, dataset, monkeypatch):
     def note(source, **arguments):
         raise ReadError(source, arguments)
 
-    steps = len(dataset.train) // config.batch_size
+    steps = len(dataset.train) // config.optimization.batch_size
     with monkeypatch.context() as patch, pytest.raises(ReadError) as noted:
         patch.setattr(loop, "train_iterator", note)
-        loop.train(config, dataset, create_mesh(), None, None)
+        loop.train(config, dataset, config.data.normalization, create_mesh(), None, None)
     source, arguments = noted.value.args
     iterator = train_iterator(source, **arguments)
     training = [next(iterator)["label"].tolist() for _ in range(steps)]
-    test = [batch["label"][batch["mask"]].tolist() for batch in directory.evaluation_batches(config, dataset)]
+    test = [batch["label"][batch["mask"]].tolist() for batch in directory.evaluation_batches(config.data, dataset)]
     return training, test
 
 
@@ -214,8 +217,8 @@ def test_processes_share_each_batch_and_read_no_record_twice_and_leave_none_out(
         return [{"image": np.zeros((8, 8, 1), np.uint8), "label": label} for label in range(number)]
 
     dataset = ImageDataset("numbers", records(48), records(42), tuple(map(str, range(48))), channels=1)
-    config = dataclasses.replace(
-        tiny, batch_size=16, eval_batch_size=16, mean=(0.5,), std=(0.5,), image_size=8, crop_padding=0,
+    config = tiny.replace(
+        batch_size=16, eval_batch_size=16, mean=(0.5,), std=(0.5,), image_size=8, crop_padding=0,
         random_resized_crop=random_resized_crop,
     )  # fmt: skip
     alone_training, alone_test = labels_read(config, dataset, monkeypatch)

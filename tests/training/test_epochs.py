@@ -1,6 +1,5 @@
 """What the loop does between steps, with a step that only counts: nothing is compiled but the sums of an evaluation."""
 
-import dataclasses
 import signal
 import types
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data import ImageDataset
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.training import TrainConfig, TrainingDivergedError, loop, progress
 from repvgg_jax.training.epoch import summarize_epoch
 from repvgg_jax.training.evaluation import evaluate
@@ -18,13 +18,16 @@ from repvgg_jax.training.progress import epoch_line
 from repvgg_jax.training.run.checkpoints import Restored
 from repvgg_jax.training.run.directory import evaluation_batches
 from repvgg_jax.training.run.plots import Pictures
-from repvgg_jax.training.steps import TrainState, create_mesh, make_eval_step
+from repvgg_jax.training.steps.eval_step import make_eval_step
+from repvgg_jax.training.steps.mesh import create_mesh
+from repvgg_jax.training.steps.state import TrainState
 
 STEPS = 4
-CONFIG = TrainConfig(
-    batch_size=8, eval_batch_size=8, image_size=8, mean=(0.0,), std=(1 / 255,), epochs=5, warmup_epochs=1,
+CONFIG = TrainConfig().replace(
+    batch_size=8, eval_batch_size=8, image_size=8, epochs=5, warmup_epochs=1,
     checkpoint_every=2, cutout=2, refine_epochs=1,
 )  # fmt: skip
+NORMALIZATION = Normalization((0.0,), (1 / 255,))
 
 
 def dataset(train=STEPS * 8, test=10):
@@ -60,8 +63,8 @@ class CountingStep:
 
     def __call__(self, state, batch):
         self.clock[0] += 1
-        metrics = {"loss": self.loss(int(state.step)), "accuracy": 0.25 * (self.config.cutout == 0)}
-        if self.config.skip_nonfinite:
+        metrics = {"loss": self.loss(int(state.step)), "accuracy": 0.25 * (self.config.augmentation.cutout == 0)}
+        if self.config.optimization.skip_nonfinite:
             metrics["skipped"] = float(not np.isfinite(metrics["loss"]))
         metrics = {name: jnp.float32(value) for name, value in metrics.items()}
         return state.replace(step=state.step + 1), metrics
@@ -97,8 +100,8 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(loop, "create_state", lambda *_: initial(weight))
         monkeypatch.setattr(loop, "abstract_state", lambda *_: None)
 
-        def make_train_step(model, optimizer, each, mesh, *, steps_per_epoch):
-            assert steps_per_epoch == STEPS
+        def make_train_step(model, optimizer, each, normalization, mesh, *, steps_per_epoch):
+            assert (normalization, steps_per_epoch) == (NORMALIZATION, STEPS)
             return CountingStep(each, loss, clock)
 
         monkeypatch.setattr(loop, "make_train_step", make_train_step)
@@ -107,7 +110,9 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(Pictures, "draw", lambda *_: None)
         checkpoints = Saved(restored)
         start.saved = checkpoints.saved
-        _, state, history = loop.train(config, dataset(), create_mesh(jax.devices()[:1]), tmp_path, checkpoints)
+        _, state, history = loop.train(
+            config, dataset(), NORMALIZATION, create_mesh(jax.devices()[:1]), tmp_path, checkpoints
+        )
         return state, history, checkpoints.saved
 
     return start
@@ -132,7 +137,7 @@ def test_an_epochs_line_has_the_means_of_its_steps_and_the_rate_of_its_last(trai
     assert int(state.step) == 5 * STEPS
     assert [(line["epoch"], line["step"]) for line in history] == [(n, n * STEPS) for n in range(1, 6)]
     assert [line["train/loss"] for line in history] == [1.5, 5.5, 9.5, 13.5, 17.5]
-    schedule = loop.learning_rate_schedule(CONFIG, STEPS)
+    schedule = loop.learning_rate_schedule(CONFIG.optimization, STEPS)
     assert [line["learning_rate"] for line in history] == [float(schedule(n * STEPS - 1)) for n in range(1, 6)]
     assert all(line["seconds"] > 0 and line["images_per_second"] > 0 for line in history)
 
@@ -151,9 +156,10 @@ def test_evaluation_is_a_mean_over_records_and_not_over_batches(train):
 
 def test_labels_and_predictions_are_of_the_records_alone_and_by_the_average_where_there_is_one():
     mesh = create_mesh(jax.devices()[:1])
-    step = make_eval_step(FirstPixels(), CONFIG, mesh)
+    step = make_eval_step(FirstPixels(), NORMALIZATION, mesh)
     for state, accuracy in ((initial(), 0.7), (initial().replace(ema={"params": jnp.float32(-1.0)}), 0.3)):
-        metrics, labels, predictions = evaluate(step, state.eval_variables, evaluation_batches(CONFIG, dataset()), mesh)
+        batches = evaluation_batches(CONFIG.data, dataset())
+        metrics, labels, predictions = evaluate(step, state.eval_variables, batches, mesh)
         assert labels.tolist() == [number % 4 for number in range(10)]
         assert np.mean(labels == predictions) == pytest.approx(metrics["accuracy"])
         assert (metrics["accuracy"] > 0.5) == (accuracy > 0.5)
@@ -167,15 +173,15 @@ def test_an_epoch_is_evaluated_at_the_size_of_evaluation():
             seen.append(images.shape)
             return super().apply(variables, images, train=train)
 
-    mesh, config = create_mesh(jax.devices()[:1]), dataclasses.replace(CONFIG, eval_image_size=12)
-    step = make_eval_step(Seeing(), config, mesh)
-    evaluate(step, initial().eval_variables, evaluation_batches(config, dataset()), mesh)
+    mesh, config = create_mesh(jax.devices()[:1]), CONFIG.replace(eval_image_size=12)
+    step = make_eval_step(Seeing(), NORMALIZATION, mesh)
+    evaluate(step, initial().eval_variables, evaluation_batches(config.data, dataset()), mesh)
     assert seen == [(8, 12, 12, 1)]
 
 
 def test_checkpoints_come_every_so_many_epochs_and_after_the_last(train):
     for every, steps in ((2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])):
-        saved = train(dataclasses.replace(CONFIG, checkpoint_every=every))[2]
+        saved = train(CONFIG.replace(checkpoint_every=every))[2]
         assert [step for step, *_ in saved] == [STEPS * epoch for epoch in steps]
         assert all(metrics == [] for _, _, metrics, _ in saved)
 
@@ -220,7 +226,7 @@ def test_the_steps_of_an_epoch_are_counted_on_where_it_was_stopped(train):
 
 
 def test_steps_left_out_are_counted_and_stop_nothing(train):
-    config = dataclasses.replace(CONFIG, skip_nonfinite=True)
+    config = CONFIG.replace(skip_nonfinite=True)
     _, history, _ = train(config, loss=lambda step: np.nan if step in (4, 5) else float(step))
     assert [line["train/skipped"] for line in history] == [0, 2, 0, 0, 0]
     assert [line["train/loss"] for line in history[:2]] == [1.5, 6.5]

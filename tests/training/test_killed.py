@@ -16,7 +16,7 @@ import pytest
 
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training.run.restore import restore
-from repvgg_jax.training.steps import create_mesh
+from repvgg_jax.training.steps.mesh import create_mesh
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--depths 1 2 1 1 --width-multiplier 0.25 0.125 0.125 0.125 --epochs 40 --checkpoint-every 1 --ema-decay 0.9"

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import shutil
 
@@ -12,8 +11,9 @@ from repvgg_jax import fuse_model
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.training import TrainConfig, TrainingDivergedError, fuse_run, loop, train_and_evaluate
 from repvgg_jax.training.epoch import summarize_epoch
-from repvgg_jax.training.run import comparison, plots
+from repvgg_jax.training.run import comparison, directory, plots
 from repvgg_jax.training.run.checkpoints import Checkpoints
+from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.plots import draw_confusion
 from repvgg_jax.training.start.warm_start import start_from
@@ -52,9 +52,7 @@ def test_training_learns_and_fusing_changes_no_prediction(finished):
 
 def test_another_seed_is_another_run(tiny, begin, tmp_path):
     """From its first step on: other weights, and other images first."""
-    (state, batch), (other, other_batch) = (
-        begin(dataclasses.replace(tiny, seed=seed), tmp_path / f"run-{seed}") for seed in (0, 1)
-    )
+    (state, batch), (other, other_batch) = (begin(tiny.replace(seed=seed), tmp_path / f"run-{seed}") for seed in (0, 1))
     kernels = [each.params["stem"]["branch_3x3"]["conv"]["kernel"] for each in (state, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
     assert not np.array_equal(batch["label"], other_batch["label"])
@@ -66,7 +64,7 @@ def test_the_deploy_file_classifies_raw_images_as_the_run_did(finished, tiny):
     model, variables, preprocess, metadata = load_deploy(finished.workdir / "deploy.safetensors")
     assert metadata["variant"] == "repvgg_a0"
     assert preprocess.class_names == tuple("0123456789")
-    test = load_dataset("digits", data_dir=tiny.data_dir).test
+    test = load_dataset("digits", data_dir=tiny.data.data_dir).test
     images = np.stack([test[i]["image"] for i in range(360)])
     inputs = (images / 255 - np.array(preprocess.mean)) / np.array(preprocess.std)
     predictions = model.apply(variables, inputs.astype(np.float32), train=False).argmax(-1)
@@ -106,7 +104,7 @@ def stop_after_the_first_checkpoint(patch):
 
 def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tmp_path):
     run = shutil.copytree(finished.workdir, tmp_path / "run")
-    config = dataclasses.replace(TrainConfig.load(run / "config.json"), ema_decay=0.9)
+    config = TrainConfig.load(run / "config.json").replace(ema_decay=0.9)
     config.save(run / "config.json")
     average = jax.device_get(finished.state.variables)
     average["params"]["head"]["kernel"] = 2 * average["params"]["head"]["kernel"]
@@ -115,7 +113,7 @@ def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tm
         average = jax.device_put(average, finished.state.step.sharding)
         checkpoints.save(finished.state.replace(ema=average), {"next_index": 44})
     result = train_and_evaluate(config, run)
-    model = config.create_model(10)
+    model = config.network.create_model(10)
     saved = load_deploy(run / "deploy.safetensors").variables
     _, fused = fuse_model(model, average)
     chex.assert_trees_all_close(saved, fused, rtol=1e-5, atol=1e-6)
@@ -127,14 +125,14 @@ def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tm
     assert again.deploy.accuracy == result.comparison.deploy.accuracy
     assert "moving average" in (run / "report.md").read_text()
     # Neither does what starts from it begin with anything else.
-    begun = start_from(dataclasses.replace(tiny, init_from=str(run)), finished.state.variables, None)
+    begun = start_from(tiny.replace(init_from=str(run)), None, finished.state.variables, None)
     chex.assert_trees_all_equal(begun, average)
 
 
 @pytest.mark.long
 def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_the_average(tiny, tmp_path, monkeypatch):
     mixed = dict(flip=True, alternate_flip=True, cutout=2, mixup=0.2, cutmix=1.0, color_jitter=0.2, refine_epochs=1)
-    config = dataclasses.replace(tiny, ema_decay=0.9, **mixed)
+    config = tiny.replace(ema_decay=0.9, **mixed)
     whole = train_and_evaluate(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after_the_first_checkpoint(patch)
@@ -153,7 +151,7 @@ def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_th
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(whole.state.ema, whole.state.variables, rtol=1e-3)
 
-    model = config.create_model(10)
+    model = config.network.create_model(10)
     _, fused = fuse_model(model, whole.state.ema)
     saved = load_deploy(whole.workdir / "deploy.safetensors").variables
     chex.assert_trees_all_close(saved, fused, rtol=1e-5, atol=1e-6)
@@ -169,12 +167,12 @@ def test_a_run_with_a_moving_average_resumes_bit_identically_and_is_judged_by_th
 
 def test_the_forms_are_compared_at_the_size_of_evaluation(finished, tmp_path, monkeypatch):
     run = shutil.copytree(finished.workdir, tmp_path / "run")
-    config = dataclasses.replace(TrainConfig.load(run / "config.json"), eval_image_size=12)
+    config = TrainConfig.load(run / "config.json").replace(eval_image_size=12)
     config.save(run / "config.json")
     sizes = []
     monkeypatch.setattr(comparison, "shard_batch", lambda batch, mesh: sizes.append(batch["image"].shape) or batch)
     fuse_run(run)
-    assert set(sizes) == {(config.eval_batch_size, 12, 12, 1)}
+    assert set(sizes) == {(config.data.eval_batch_size, 12, 12, 1)}
     assert load_deploy(run / "deploy.safetensors").preprocess.image_size == 12
 
 
@@ -193,15 +191,37 @@ def test_a_finished_run_is_not_trained_again_where_a_kill_cut_off_a_line_either(
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
     # Where the data lie is no part of the config that must stay the same.
-    (tmp_path / "moved").symlink_to(tiny.data_dir)
-    again = train_and_evaluate(dataclasses.replace(tiny, data_dir=str(tmp_path / "moved")), tmp_path / "run")
+    (tmp_path / "moved").symlink_to(tiny.data.data_dir)
+    again = train_and_evaluate(tiny.replace(data_dir=str(tmp_path / "moved")), tmp_path / "run")
     assert [line["epoch"] for line in again.history] == [1, 2]
     chex.assert_trees_all_equal(again.state, finished.state)
 
 
+def test_a_run_records_what_was_said_and_what_was_measured_and_is_fused_by_that(finished, tmp_path, monkeypatch):
+    assert TrainConfig.load(finished.workdir / "config.json").data.normalization is None
+    measured = DataRecord.load(finished.workdir).normalization
+    assert measured.mean == pytest.approx([0.3054], abs=1e-4)
+    assert load_deploy(finished.workdir / "deploy.safetensors").preprocess.mean == measured.mean
+    assert f"| mean                     | {measured.mean}" in (finished.workdir / "report.md").read_text()
+    monkeypatch.delattr(directory, "measure_normalization")
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    DataRecord.load(run)._replace(mean=(0.5,)).save(run)
+    fuse_run(run)
+    assert load_deploy(run / "deploy.safetensors").preprocess.mean == (0.5,)
+
+
+def test_images_normalised_otherwise_are_not_those_of_the_run(tiny, finished, tmp_path):
+    run = shutil.copytree(finished.workdir, tmp_path / "run")
+    DataRecord.load(run)._replace(mean=(0.5,)).save(run)
+    with pytest.raises(ValueError, match=r"not those of the run in .*mean was \(0.5,\), is \(0.305"):
+        train_and_evaluate(tiny, run)
+    with pytest.raises(ValueError, match=r"another config \(mean was None, is \(0.5,\); std was None, is \(0.3,\)\)"):
+        train_and_evaluate(tiny.replace(mean=(0.5,), std=(0.3,)), run)
+
+
 def test_another_config_in_the_same_directory_is_refused_by_field(tiny, finished):
     with pytest.raises(ValueError, match=r"another config \(epochs was 2, is 3; learning_rate was 0.1, is 0.2\)"):
-        train_and_evaluate(dataclasses.replace(tiny, epochs=3, learning_rate=0.2), finished.workdir)
+        train_and_evaluate(tiny.replace(epochs=3, learning_rate=0.2), finished.workdir)
 
 
 @pytest.fixture
@@ -215,8 +235,7 @@ def moving(tiny, tmp_path):
                 pixels = np.full((8, 8, 3), 10 * number + 120 * (name == "light"), np.uint8)
                 Image.fromarray(pixels).save(directory / f"{number}.png")
     old, new = (
-        dataclasses.replace(tiny, dataset=f"folder:{tmp_path / name}", batch_size=8, eval_batch_size=8)
-        for name in ("old", "new")
+        tiny.replace(dataset=f"folder:{tmp_path / name}", batch_size=8, eval_batch_size=8) for name in ("old", "new")
     )
     return old, new
 
@@ -256,13 +275,13 @@ def test_a_directory_with_other_files_is_refused(tiny, tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tiny, tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train_and_evaluate(dataclasses.replace(tiny, **fields), tmp_path / "run")
+        train_and_evaluate(tiny.replace(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(tiny, tmp_path):
-    config = dataclasses.replace(tiny, learning_rate=1e30)
+    config = tiny.replace(learning_rate=1e30)
     with pytest.raises(
         TrainingDivergedError,
         match=r"the loss is (nan|inf) at epoch 1, step 2; there is no checkpoint yet. Lower learning_rate \(=1e\+30\)",

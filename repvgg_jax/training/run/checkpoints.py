@@ -20,7 +20,7 @@ from repvgg_jax.models.shapes import differences, few, shapes_by_name
 from repvgg_jax.terminal import one_line
 from repvgg_jax.training.distributed import is_primary, wait_for_all
 from repvgg_jax.training.run.paths import plain_path
-from repvgg_jax.training.steps import TrainState
+from repvgg_jax.training.steps.state import TrainState
 
 EpochMetrics = list[dict[str, float]]
 

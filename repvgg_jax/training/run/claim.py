@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from repvgg_jax.data import ImageDataset
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.metrics_log import read_metrics
@@ -18,7 +16,7 @@ from repvgg_jax.training.run.metrics_log import read_metrics
 _FIRST_FILES = ("dataset.json", "config.json", ".lock")
 
 
-def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
+def claim(workdir: Path, config: TrainConfig, record: DataRecord) -> None:
     """Make a run directory, or see that the run in it is whole, of the same config and data.
 
     Raises:
@@ -34,22 +32,22 @@ def claim(workdir: Path, config: TrainConfig, dataset: ImageDataset) -> None:
         if workdir.exists() and any(not entry.name.startswith(_FIRST_FILES) for entry in workdir.iterdir()):
             raise ValueError(f"{workdir} is not empty and holds no run: name a new directory")
         workdir.mkdir(parents=True, exist_ok=True)
-        DataRecord.of(dataset).save(workdir)
+        record.save(workdir)
         config.save(path)
         return
-    DataRecord.of(dataset).require(workdir)
-    earlier = dataclasses.asdict(TrainConfig.load(path))
+    earlier = TrainConfig.load(path).settings
     # Where the data lie is no part of the result.
     moved = {"data_dir"}
-    if earlier["dataset"].startswith("folder:") and config.dataset.startswith("folder:"):
+    if earlier["dataset"].startswith("folder:") and config.data.dataset.startswith("folder:"):
         moved.add("dataset")
     differing = [
         f"{name} was {earlier[name]}, is {value}"
-        for name, value in dataclasses.asdict(config).items()
+        for name, value in config.settings.items()
         if name not in moved and earlier[name] != value
     ]
     if differing:
         raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differing)}): name a new directory")
+    record.require(workdir)
     # What is damaged is told before the work.
     read_metrics(workdir)
 

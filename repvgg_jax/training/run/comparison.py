@@ -17,9 +17,10 @@ from tabulate import tabulate
 
 from repvgg_jax.models import RepVGG, compile_inference, fuse_model
 from repvgg_jax.models.shapes import abstract_variables, input_channels
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
-from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.steps import Batch, make_eval_step, shard_batch
+from repvgg_jax.training.steps.eval_step import make_eval_step
+from repvgg_jax.training.steps.mesh import Batch, shard_batch
 
 # Of the largest logit. Rounding in float32 stays near 1e-6.
 TOLERANCE = 1e-5
@@ -100,7 +101,7 @@ def fuse_and_compare(
     model: RepVGG,
     variables: dict[str, Any],
     batches: Callable[[], Iterable[Batch]],
-    config: TrainConfig,
+    normalization: Normalization,
     mesh: Mesh,
 ) -> tuple[RepVGG, dict[str, Any], Comparison]:
     """Fuse a trained network and compare its two forms on every test image.
@@ -112,7 +113,7 @@ def fuse_and_compare(
       model: in its training form.
       variables: `{'params', 'batch_stats'}`.
       batches: makes a fresh pass over this process's share of the test split.
-      config: of the run.
+      normalization: of the images.
       mesh: of the run.
 
     Returns:
@@ -137,7 +138,7 @@ def fuse_and_compare(
     labels = []
     first: Batch = {}
     with jax.default_matmul_precision("float32"):
-        steps = [make_eval_step(form, config, mesh) for form in exact]
+        steps = [make_eval_step(form, normalization, mesh) for form in exact]
         for batch in batches():
             placed = shard_batch(batch, mesh)
             first = first or batch

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from repvgg_jax.data import ImageDataset
 from repvgg_jax.fields import read_object, require_types
 from repvgg_jax.files import write_whole
+from repvgg_jax.preprocess import Normalization, require_normalization
 
 
 class DataRecord(NamedTuple):
@@ -18,11 +19,18 @@ class DataRecord(NamedTuple):
     test_images: int
     channels: int
     class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
-    def of(cls, dataset: ImageDataset) -> DataRecord:
-        """The record of a data set."""
-        return cls(len(dataset.train), len(dataset.test), dataset.channels, tuple(dataset.class_names))
+    def of(cls, dataset: ImageDataset, normalization: Normalization) -> DataRecord:
+        """The record of a data set, and of how its images are normalised."""
+        return cls(len(dataset.train), len(dataset.test), dataset.channels, tuple(dataset.class_names), *normalization)
+
+    @property
+    def normalization(self) -> Normalization:
+        """Of the images, given or measured when the run began."""
+        return Normalization(self.mean, self.std)
 
     @classmethod
     def load(cls, workdir: Path) -> DataRecord:
@@ -41,11 +49,9 @@ class DataRecord(NamedTuple):
                 raise ValueError(f"the fields are {', '.join(fields) or 'none'}: expected {', '.join(cls._fields)}")
             record = cls(**fields)
             require_types(record)
-            if record.channels not in (1, 3) or not record.class_names:
-                raise ValueError(
-                    f"channels is {record.channels} and class_names has {len(record.class_names)} names: expected 1 or "
-                    "3, and at least one"
-                )
+            require_normalization(record.normalization, record.channels)
+            if not record.class_names:
+                raise ValueError("class_names is empty: expected at least one name")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): restore it from a copy of the run") from None
         return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +18,8 @@ from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training.config import DataConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary
 from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.run.data_record import DataRecord
@@ -29,40 +29,45 @@ from repvgg_jax.training.run.paths import run_directory
 from repvgg_jax.training.run.report import write_report
 from repvgg_jax.training.run.restore import restore
 from repvgg_jax.training.start.warm_start import find_origin
-from repvgg_jax.training.steps import create_mesh, require_divisible
+from repvgg_jax.training.steps.mesh import create_mesh, require_divisible
 
 
 class DataMissingError(FileNotFoundError):
     """A run is whole, but the images it was trained on are not at hand."""
 
 
-def open_data(config: TrainConfig) -> tuple[TrainConfig, ImageDataset]:
-    """Open a config's data set and fill in the normalisation where the config does not state it.
+def open_data(config: TrainConfig) -> tuple[ImageDataset, Normalization]:
+    """Open a config's data set, and find how its images are normalised.
 
-    It is that of the run to start from, or measured.
+    As the config says; else as the run to start from; else by mean and standard deviation of the training split.
 
     Raises:
       ValueError, FileNotFoundError: the data set is not there or not usable, or `mean` does not fit its channels.
     """
-    dataset = load_dataset(config.dataset, data_dir=config.data_dir, seed=config.seed)
-    if dataset.left_out and is_primary():
-        print(dataset.left_out, file=sys.stderr, flush=True)
-    if config.mean is None and config.init_from is not None:
-        origin = find_origin(config)
-        config = dataclasses.replace(config, mean=origin.mean, std=origin.std)
-    if config.mean is None:
-        mean, std = measure_normalization(dataset.train, image_size=config.image_size, channels=dataset.channels)
-        config = dataclasses.replace(config, mean=mean, std=std)
-    mean, std = config.normalization
+    dataset = _open_dataset(config)
+    normalization = config.data.normalization
+    if normalization is None and config.start.init_from is not None:
+        normalization = find_origin(config.start).normalization
+    if normalization is None:
+        size = config.data.image_size
+        normalization = measure_normalization(dataset.train, image_size=size, channels=dataset.channels)
+    mean, std = normalization
     if not len(mean) == len(std) == dataset.channels:
         raise ValueError(
             f"mean is {mean} and std {std}: expected {dataset.channels} values each, one for each "
-            f"channel of {config.dataset}"
+            f"channel of {config.data.dataset}"
         )
-    return config, dataset
+    return dataset, normalization
 
 
-def evaluation_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
+def _open_dataset(config: TrainConfig) -> ImageDataset:
+    dataset = load_dataset(config.data.dataset, data_dir=config.data.data_dir, seed=config.seed)
+    if dataset.left_out and is_primary():
+        print(dataset.left_out, file=sys.stderr, flush=True)
+    return dataset
+
+
+def evaluation_batches(config: DataConfig, dataset: ImageDataset) -> Any:
     """A fresh pass over this process's share of the test split."""
     return eval_batches(
         dataset.test,
@@ -78,6 +83,7 @@ def finish(
     workdir: Path,
     config: TrainConfig,
     dataset: ImageDataset,
+    normalization: Normalization,
     model: RepVGG,
     variables: dict[str, Any],
     mesh: Mesh,
@@ -88,8 +94,9 @@ def finish(
 
     Args:
       workdir: the run directory.
-      config: of the run, normalisation filled in.
+      config: of the run.
       dataset: of the run.
+      normalization: of its images.
       model: in its training form.
       variables: of the training form.
       mesh: of the run.
@@ -103,21 +110,22 @@ def finish(
       OSError: the weights or the report could not be written; what is whole is named.
     """
     deploy_model, deploy_variables, comparison = fuse_and_compare(
-        model, variables, lambda: evaluation_batches(config, dataset), config, mesh
+        model, variables, lambda: evaluation_batches(config.data, dataset), normalization, mesh
     )
     if is_primary():
         print(comparison.table(), flush=True)
     comparison.check()
     if check_only or not is_primary():
         return comparison
+    preprocess = config.data.preprocess(normalization, dataset.class_names)
     weights = workdir / "deploy.safetensors"
     remedy = f"make room or give permission, and run: {command('fuse')} {workdir}"
     try:
-        save_deploy(weights, config.variant, deploy_model, deploy_variables, config.preprocess(dataset.class_names))
+        save_deploy(weights, config.network.variant, deploy_model, deploy_variables, preprocess)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{weights} could not be written: {error}. The checkpoints are whole: {remedy}") from error
     try:
-        write_report(workdir, config, read_metrics(workdir), comparison, dataset.class_names)
+        write_report(workdir, config, read_metrics(workdir), comparison, normalization, dataset.class_names)
     except OSError as error:
         raise OSError(f"report.md could not be written: {error}. {weights} is whole: {remedy}") from error
     return comparison
@@ -156,10 +164,10 @@ def fuse_run(
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{workdir} holds no config.json: expected a run directory of {command('train')}")
     config = TrainConfig.load(workdir / "config.json")
-    if data_dir is not None and config.dataset.startswith("folder:"):
-        config = dataclasses.replace(config, dataset=f"folder:{data_dir}")
+    if data_dir is not None and config.data.dataset.startswith("folder:"):
+        config = config.replace(dataset=f"folder:{data_dir}")
     elif data_dir is not None:
-        config = dataclasses.replace(config, data_dir=data_dir)
+        config = config.replace(data_dir=data_dir)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir / 'checkpoints'} does not exist: train first, {command('train')}")
     weights = workdir / "deploy.safetensors"
@@ -171,14 +179,17 @@ def fuse_run(
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")
     try:
-        config, dataset = open_data(config)
+        dataset = _open_dataset(config)
     except OSError as error:
         raise DataMissingError(f"the data set of {workdir} is not at hand: {error}") from error
-    DataRecord.of(dataset).require(workdir)
+    normalization = DataRecord.load(workdir).normalization
+    DataRecord.of(dataset, normalization).require(workdir)
     model, state = restore(workdir, mesh)
-    comparison = finish(workdir, config, dataset, model, state.eval_variables, mesh, check_only=check_only)
+    comparison = finish(
+        workdir, config, dataset, normalization, model, state.eval_variables, mesh, check_only=check_only
+    )
     if not export:
         return comparison
-    batches = partial(evaluation_batches, config, dataset)
+    batches = partial(evaluation_batches, config.data, dataset)
     print(describe(export_deploy(weights, export, batches, with_preprocess=with_preprocess, opset=opset)))
     return comparison

@@ -19,7 +19,7 @@ from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Preprocess, normalize
 from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.steps import Batch
+from repvgg_jax.training.steps.mesh import Batch
 
 Format = Literal["onnx", "stablehlo"]
 _Run = Callable[[np.ndarray], np.ndarray]

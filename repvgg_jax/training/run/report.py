@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import jax
 from tabulate import tabulate
 
 from repvgg_jax.files import write_whole
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.run.comparison import Comparison
@@ -26,6 +26,7 @@ def write_report(
     config: TrainConfig,
     history: Sequence[dict[str, float]],
     comparison: Comparison,
+    normalization: Normalization,
     class_names: Sequence[str],
 ) -> Path:
     """Write `report.md`, `curves.png`, `confusion.png` and `differences.png` into a run directory.
@@ -35,6 +36,7 @@ def write_report(
       config: of the run.
       history: the lines of `metrics.jsonl`.
       comparison: of the two forms.
+      normalization: of the images.
       class_names: one for each class.
 
     Returns:
@@ -45,16 +47,13 @@ def write_report(
     draw_differences(workdir / "differences.png", comparison.differences, comparison.agreement.max_reference)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
     device = jax.devices()[0]
-    settings = [
-        (name, _in_table(value))
-        for name, value in dataclasses.asdict(config).items()
-        if value is not None and name != "data_dir"
-    ]
-    note = f"\n{_EMA_NOTE}" if config.ema_decay else ""
+    found = config.settings | normalization._asdict()
+    settings = [(name, _in_table(value)) for name, value in found.items() if value is not None and name != "data_dir"]
+    note = f"\n{_EMA_NOTE}" if config.optimization.ema_decay else ""
     seconds = sum(line.get("seconds", 0) for line in history)
-    text = f"""# {config.variant} on {printable(config.dataset)}
+    text = f"""# {config.network.variant} on {printable(config.data.dataset)}
 
-Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.epochs} epochs
+Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.optimization.epochs} epochs
 ({seconds:,.0f} s of training and evaluation, without compiling the training step).
 
 ## Training form and deploy form

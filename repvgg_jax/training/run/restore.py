@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.config import TrainConfig
-from repvgg_jax.training.optimizer import create_optimizer
 from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.run.data_record import DataRecord
-from repvgg_jax.training.steps import TrainState, abstract_state
+from repvgg_jax.training.steps.optimizer import create_optimizer
+from repvgg_jax.training.steps.state import TrainState, abstract_state
 
 
 def restore(workdir: Path, mesh: Mesh) -> tuple[RepVGG, TrainState]:
@@ -29,7 +29,7 @@ def restore(workdir: Path, mesh: Mesh) -> tuple[RepVGG, TrainState]:
       ValueError: the run cannot be read.
     """
     config, record = TrainConfig.load(workdir / "config.json"), DataRecord.load(workdir)
-    model = config.create_model(len(record.class_names))
-    optimizer = create_optimizer(config, steps_per_epoch=1)
+    model = config.network.create_model(len(record.class_names))
+    optimizer = create_optimizer(config.optimization, steps_per_epoch=1, frozen=config.network.frozen)
     with Checkpoints(workdir) as checkpoints:
         return model, checkpoints.restore(abstract_state(model, optimizer, config, record.channels, mesh)).state

@@ -14,27 +14,25 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG, reopen_model
 from repvgg_jax.models.shapes import abstract_variables, differences, few, shapes_by_name
 from repvgg_jax.ops import compiler_options
-from repvgg_jax.preprocess import normalize
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.preprocess import Normalization, normalize
+from repvgg_jax.training.config import StartConfig, TrainConfig
 from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.run.paths import run_directory
 from repvgg_jax.training.run.restore import restore
 from repvgg_jax.training.start.near_identity import residual_start
 from repvgg_jax.training.start.whitening import whiten_stem
-from repvgg_jax.training.steps import create_mesh
+from repvgg_jax.training.steps.mesh import create_mesh
 
 
 class Origin(NamedTuple):
     """What a run starts from: the network in its training form, and the images it was trained on."""
 
     model: RepVGG
-    channels: int
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    normalization: Normalization
 
 
-def find_origin(config: TrainConfig) -> Origin:
-    """Look at what `config.init_from` names.
+def find_origin(config: StartConfig) -> Origin:
+    """Look at what `init_from` names.
 
     Raises:
       ValueError: it is a file of the deploy form, which cannot be trained on, and `reopen` is not given; or the file
@@ -44,7 +42,7 @@ def find_origin(config: TrainConfig) -> Origin:
     path = run_directory(str(config.init_from))
     if config.reopen:
         model, _, preprocess, _ = load_deploy(path)
-        return Origin(model.clone(deploy=False), preprocess.channels, preprocess.mean, preprocess.std)
+        return Origin(model.clone(deploy=False), Normalization(preprocess.mean, preprocess.std))
     if path.suffix == ".safetensors":
         raise ValueError(
             f"init_from is {path}, a deploy form: its branches are folded into one kernel each, and what training "
@@ -56,11 +54,11 @@ def find_origin(config: TrainConfig) -> Origin:
             f"init_from is {path}: expected a run directory of {command('train')}, with a config.json"
         )
     earlier, record = TrainConfig.load(path / "config.json"), DataRecord.load(path)
-    return Origin(earlier.create_model(len(record.class_names)), record.channels, earlier.mean, earlier.std)
+    return Origin(earlier.network.create_model(len(record.class_names)), record.normalization)
 
 
 def require_same_network(config: TrainConfig, channels: int) -> None:
-    """See that what `config.init_from` names, if anything, is the network of `config`, whatever the classes.
+    """See that what `init_from` names, if anything, is the network of `config`, whatever the classes.
 
     Args:
       config: of the new run.
@@ -70,21 +68,25 @@ def require_same_network(config: TrainConfig, channels: int) -> None:
       ValueError: the networks differ; the first arrays that do are named. Or there is nothing to start from.
       FileNotFoundError: there is no such run.
     """
-    if config.init_from is None:
+    if config.start.init_from is None:
         return
-    origin = find_origin(config)
+    origin = find_origin(config.start)
     differing = differences(
-        _shapes(origin.model, origin.channels), _shapes(config.create_model(num_classes=1), channels)
+        _shapes(origin.model, origin.normalization.channels),
+        _shapes(config.network.create_model(num_classes=1), channels),
     )
     if differing:
         raise ValueError(
-            f"the network of {config.init_from} is another one ({few(differing)}): give variant, depths and "
+            f"the network of {config.start.init_from} is another one ({few(differing)}): give variant, depths and "
             "width_multiplier of that run, and images of as many channels"
         )
 
 
 def start_from(
-    config: TrainConfig, variables: dict[str, Any], batch: Callable[[], dict[str, jax.Array]]
+    config: TrainConfig,
+    normalization: Normalization,
+    variables: dict[str, Any],
+    batch: Callable[[], dict[str, jax.Array]],
 ) -> dict[str, Any]:
     """Change freshly initialised variables as the config says, or replace them by those that `init_from` names.
 
@@ -92,7 +94,8 @@ def start_from(
     as they were initialised.
 
     Args:
-      config: of the new run, `mean` and `std` filled in.
+      config: of the new run.
+      normalization: of its images.
       variables: {'params', 'batch_stats'} of the training form, replicated over devices.
       batch: gives a batch of training images, to whiten the stem or to reopen a deploy form with.
 
@@ -102,13 +105,15 @@ def start_from(
     Raises:
       FileNotFoundError: there is no such run, or it holds no checkpoint.
     """
-    if config.init_from is None:
-        return _changed(config, variables, batch)
-    if config.reopen:
-        found = _reopened(config, batch()["image"], jax.tree.leaves(variables)[0].sharding)
+    start = config.start
+    if start.init_from is None:
+        return _changed(start, normalization, variables, batch)
+    if start.reopen:
+        replicated = jax.tree.leaves(variables)[0].sharding
+        found = _reopened(config, normalization, batch()["image"], replicated)
     else:
         mesh = create_mesh(jax.local_devices()[:1])
-        found = restore(run_directory(str(config.init_from)), mesh)[1].eval_variables
+        found = restore(run_directory(str(start.init_from)), mesh)[1].eval_variables
 
     def replace(fresh: jax.Array, found: jax.Array) -> jax.Array:
         if found.shape != fresh.shape:
@@ -119,12 +124,15 @@ def start_from(
 
 
 def _changed(
-    config: TrainConfig, variables: dict[str, Any], batch: Callable[[], dict[str, jax.Array]]
+    config: StartConfig,
+    normalization: Normalization,
+    variables: dict[str, Any],
+    batch: Callable[[], dict[str, jax.Array]],
 ) -> dict[str, Any]:
     @partial(jax.jit, out_shardings=jax.tree.leaves(variables)[0].sharding, compiler_options=compiler_options())
     def change(variables: dict[str, Any], images: jax.Array | None) -> dict[str, Any]:
         if images is not None:
-            variables = whiten_stem(variables, normalize(images, *config.normalization))
+            variables = whiten_stem(variables, normalize(images, *normalization))
         if config.residual_scale is not None:
             variables = residual_start(variables, scale=config.residual_scale)
         return variables
@@ -132,13 +140,15 @@ def _changed(
     return change(variables, batch()["image"] if config.whiten_stem else None)
 
 
-def _reopened(config: TrainConfig, images: jax.Array, replicated: Sharding) -> dict[str, Any]:
-    model, variables, _, _ = load_deploy(run_directory(str(config.init_from)))
+def _reopened(
+    config: TrainConfig, normalization: Normalization, images: jax.Array, replicated: Sharding
+) -> dict[str, Any]:
+    model, variables, _, _ = load_deploy(run_directory(str(config.start.init_from)))
 
     @partial(jax.jit, out_shardings=replicated, compiler_options=compiler_options())
     def reopen(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
         key = jax.random.key(config.seed)
-        return reopen_model(model, variables, normalize(images, *config.normalization), key=key)[1]
+        return reopen_model(model, variables, normalize(images, *normalization), key=key)[1]
 
     return reopen(jax.device_get(variables), images)
 

@@ -1,4 +1,3 @@
-import dataclasses
 import shutil
 from typing import Any
 
@@ -11,8 +10,9 @@ import optax
 import pytest
 
 from repvgg_jax.training.run.checkpoints import Checkpoints, _checksum
-from repvgg_jax.training.steps import abstract_state, create_mesh, create_state
-from tests.training.test_steps import CONFIG
+from repvgg_jax.training.steps.mesh import create_mesh
+from repvgg_jax.training.steps.state import abstract_state, create_state
+from tests.training.steps.test_steps import CONFIG
 
 # Where a read fails, Orbax closes its event loop before TensorStore has answered the other reads: noise without harm.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -27,7 +27,7 @@ class StateWithoutAverage:
 
 
 def setting(config):
-    return config.create_model(4), optax.sgd(0.1, momentum=0.9), config, 1, create_mesh(jax.devices()[:1])
+    return config.network.create_model(4), optax.sgd(0.1, momentum=0.9), config, 1, create_mesh(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_checkpoint_from_before_the_moving_average_restores(state, template, t
 
 
 def test_a_moving_average_is_in_the_checkpoint_and_only_where_there_is_one(state, template, tmp_path):
-    averaging = dataclasses.replace(CONFIG, ema_decay=0.9)
+    averaging = CONFIG.replace(ema_decay=0.9)
     state = state.replace(ema=state.variables)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {})
@@ -196,7 +196,7 @@ def test_a_config_that_is_not_the_checkpoints_is_told_in_a_line(fields, differen
         with pytest.raises(
             ValueError, match=rf"config.json and checkpoint 0 beside it do not belong together \(.*{difference}"
         ) as caught:
-            checkpoints.restore(abstract_state(*setting(dataclasses.replace(CONFIG, **fields))))
+            checkpoints.restore(abstract_state(*setting(CONFIG.replace(**fields))))
     assert len(str(caught.value)) < 600
     assert "Traceback" not in capfd.readouterr().err
 

@@ -114,7 +114,7 @@ def test_a_directory_that_is_no_run_is_named(copy, missing, message):
 
 def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
     (copy / "metrics.jsonl").write_text("[1]\n[2]\n")
-    monkeypatch.delattr(directory, "open_data")
+    monkeypatch.delattr(directory, "load_dataset")
     with pytest.raises(ValueError, match=r"metrics.jsonl line 1 is damaged \(\[1\] is no object\)"):
         fuse_run(copy)
 
@@ -122,7 +122,7 @@ def test_damaged_metrics_are_told_before_the_work(copy, monkeypatch):
 def test_weights_that_cannot_be_written_are_told_before_the_work(copy, monkeypatch):
     (copy / "deploy.safetensors").unlink()
     (copy / "deploy.safetensors").mkdir()
-    monkeypatch.delattr(directory, "open_data")
+    monkeypatch.delattr(directory, "load_dataset")
     with pytest.raises(IsADirectoryError, match=r"deploy.safetensors"):
         fuse_run(copy)
 
@@ -136,11 +136,11 @@ def test_a_run_without_a_checkpoint_is_named(copy):
 
 @pytest.mark.parametrize("mean", ["NaN", "Infinity", '"x"', "1e39"])
 def test_a_run_whose_normalisation_is_no_number_proves_nothing(copy, mean, capsys):
-    path = copy / "config.json"
+    path = copy / "dataset.json"
     path.write_text(re.sub(r'"mean": \[[^]]*\]', f'"mean": [{mean}]', path.read_text()))
     assert fuse_command([str(copy), "--check-only"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "config.json is not a config of this version" in line
+    assert "dataset.json is damaged" in line
 
 
 def test_a_network_that_answers_every_image_the_same_proves_nothing(copy, finished, monkeypatch, capsys):
@@ -157,7 +157,7 @@ def test_a_network_that_answers_every_image_the_same_proves_nothing(copy, finish
 
 def test_what_is_not_finite_stays_so_to_the_end(tiny):
     # XLA:CPU may give the last ReLU and the mean after it to YNNPACK, for which max(nan, 0) is 0.
-    model = tiny.create_model(10)
+    model = tiny.network.create_model(10)
     images = jnp.full((128, 8, 8, 1), jnp.nan)
     for form in (model, model.clone(deploy=True), model.clone(squeeze_excite="after_relu")):
         shapes = jax.eval_shape(partial(form.init, train=False), jax.random.key(0), images[:1])

@@ -4,7 +4,7 @@ import pytest
 
 from repvgg_jax.training.run.data_record import DataRecord
 
-RECORD = DataRecord(1437, 360, 1, ("no", "yes", "Ba$$in", "caf\udce9"))
+RECORD = DataRecord(1437, 360, 1, ("no", "yes", "Ba$$in", "caf\udce9"), (0.3,), (0.25,))
 
 
 def test_a_record_survives_the_way_through_a_file(tmp_path):
@@ -33,7 +33,10 @@ def test_a_record_that_is_not_there_is_named(tmp_path):
         (lambda fields: {**fields, "channels": 4}, "channels is 4"),
         (lambda fields: {**fields, "class_names": "ab"}, "class_names is ab: expected a list of a text"),
         (lambda fields: {**fields, "class_names": ["a", 1]}, "class_names is .*expected a list of a text"),
-        (lambda fields: {**fields, "class_names": []}, "class_names has 0 names"),
+        (lambda fields: {**fields, "class_names": []}, "class_names is empty"),
+        (lambda fields: {**fields, "mean": 0.3}, "mean is 0.3: expected a list of a finite number"),
+        (lambda fields: {**fields, "mean": [0.3] * 3}, r"mean is .*expected as many values as channels \(=1\)"),
+        (lambda fields: {**fields, "std": [0.0]}, "std is .*expected positive numbers"),
     ],
 )
 def test_a_damaged_record_is_named_with_the_field(change, fault, tmp_path):

@@ -98,7 +98,7 @@ def test_a_deploy_form_alone_has_nothing_else_done_to_it(run, capsys):
 
 def without_images(run, tmp_path):
     config = json.loads((run / "config.json").read_text())
-    config["dataset"] = f"folder:{tmp_path / 'gone'}"
+    config["data"]["dataset"] = f"folder:{tmp_path / 'gone'}"
     (run / "config.json").write_text(json.dumps(config))
 
 

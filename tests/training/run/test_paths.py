@@ -8,7 +8,7 @@ import pytest
 
 from repvgg_jax.training.run.checkpoints import Checkpoints
 from repvgg_jax.training.run.paths import plain_path, run_directory
-from repvgg_jax.training.steps import create_state
+from repvgg_jax.training.steps.state import create_state
 from tests.training.run.test_checkpoints import CONFIG, setting
 
 ODD = ("lr=0.1,widths=[1,2]", "a?b*", "[!a]", "back\\slash", "gs:", "new\nline")

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +59,9 @@ def test_only_scales_beside_an_identity_and_its_bias_change():
 
 
 def test_a_run_begins_near_the_identity_with_or_without_a_whitened_stem(tiny, begin, tmp_path):
-    config = dataclasses.replace(tiny, residual_scale=0.5, ema_decay=0.9)
+    config = tiny.replace(residual_scale=0.5, ema_decay=0.9)
     for whiten in (False, True):
-        state, _ = begin(dataclasses.replace(config, whiten_stem=whiten), tmp_path / f"whiten-{whiten}")
+        state, _ = begin(config.replace(whiten_stem=whiten), tmp_path / f"whiten-{whiten}")
         assert_begun_near_the_identity(state, whiten)
 
 
@@ -76,9 +74,7 @@ def assert_begun_near_the_identity(state, whiten):
 
 @pytest.mark.long
 def test_a_run_that_began_near_the_identity_with_a_whitened_stem_is_fused(tiny, tmp_path):
-    config = dataclasses.replace(
-        tiny, residual_scale=0.5, whiten_stem=True, epochs=1, learning_rate=1e-12, ema_decay=0.9
-    )
+    config = tiny.replace(residual_scale=0.5, whiten_stem=True, epochs=1, learning_rate=1e-12, ema_decay=0.9)
     result = train_and_evaluate(config, tmp_path / "run")
     # Nothing was learned, so the scales are as they began.
     assert_begun_near_the_identity(result.state, whiten=True)
@@ -87,4 +83,4 @@ def test_a_run_that_began_near_the_identity_with_a_whitened_stem_is_fused(tiny, 
 
 def test_branches_that_come_with_weights_keep_their_scales(tiny):
     with pytest.raises(ValueError, match=r"residual_scale is 0\.5: expected None \(--residual-scale None"):
-        dataclasses.replace(tiny, residual_scale=0.5, init_from="somewhere")
+        tiny.replace(residual_scale=0.5, init_from="somewhere")

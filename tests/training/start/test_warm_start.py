@@ -1,4 +1,3 @@
-import dataclasses
 from functools import partial
 
 import chex
@@ -10,15 +9,24 @@ import pytest
 from repvgg_jax import create_model
 from repvgg_jax.data import normalize
 from repvgg_jax.interop.safetensors import load_deploy
-from repvgg_jax.training import TrainConfig, train_and_evaluate
-from repvgg_jax.training.optimizer import create_optimizer
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training import train_and_evaluate
+from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.start.warm_start import start_from
-from repvgg_jax.training.steps import create_mesh, create_state
+from repvgg_jax.training.steps.mesh import create_mesh
+from repvgg_jax.training.steps.optimizer import create_optimizer
+from repvgg_jax.training.steps.state import create_state
+
+NORMALIZATION = Normalization((0.5,), (0.5,))
 
 
 def fresh_variables(config, classes):
-    state = create_state(config.create_model(classes), create_optimizer(config, 1), config, 1, create_mesh())
-    return state.variables
+    model, optimizer = config.network.create_model(classes), create_optimizer(config.optimization, 1)
+    return create_state(model, optimizer, config, 1, create_mesh()).variables
+
+
+def normalization_of(run):
+    return DataRecord.load(run).normalization
 
 
 def without_head(variables):
@@ -30,31 +38,30 @@ def no_batch():
 
 
 def test_a_run_starts_from_the_weights_of_another_with_a_new_head_for_other_classes(tiny, finished):
-    fresh = fresh_variables(dataclasses.replace(tiny, seed=1), 7)
-    config = dataclasses.replace(tiny, init_from=str(finished.workdir))
-    variables = start_from(config, fresh, no_batch)
+    fresh = fresh_variables(tiny.replace(seed=1), 7)
+    config = tiny.replace(init_from=str(finished.workdir))
+    variables = start_from(config, NORMALIZATION, fresh, no_batch)
     chex.assert_trees_all_equal(without_head(variables), without_head(finished.state.variables))
     chex.assert_trees_all_equal(variables["params"]["head"], fresh["params"]["head"])
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(without_head(fresh), without_head(finished.state.variables))
-    same_classes = start_from(config, fresh_variables(dataclasses.replace(tiny, seed=1), 10), no_batch)
+    same_classes = start_from(config, NORMALIZATION, fresh_variables(tiny.replace(seed=1), 10), no_batch)
     chex.assert_trees_all_equal(same_classes, finished.state.variables)
 
 
 def test_fine_tuning_begins_where_the_other_run_ended(tiny, finished, begin, tmp_path):
-    config = dataclasses.replace(tiny, init_from=str(finished.workdir), frozen="stage2", ema_decay=0.9, seed=1)
+    config = tiny.replace(init_from=str(finished.workdir), frozen="stage2", ema_decay=0.9, seed=1)
     state, _ = begin(config, tmp_path / "run")
     chex.assert_trees_all_equal(state.variables, jax.device_get(finished.state.variables))
     chex.assert_trees_all_equal(state.ema, state.variables)
     assert int(state.step) == 0
-    saved, earlier = (TrainConfig.load(run / "config.json") for run in (tmp_path / "run", finished.workdir))
-    assert saved.mean == earlier.mean
+    assert normalization_of(tmp_path / "run") == normalization_of(finished.workdir)
 
 
 @pytest.mark.long
 def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(tiny, finished, tmp_path):
-    config = dataclasses.replace(
-        tiny, init_from=str(finished.workdir), frozen="stage2", epochs=1, learning_rate=0.01, ema_decay=0.9, seed=1
+    config = tiny.replace(
+        init_from=str(finished.workdir), frozen="stage2", epochs=1, learning_rate=0.01, ema_decay=0.9, seed=1
     )
     result = train_and_evaluate(config, tmp_path / "run")
     # The first epoch of fine-tuning is judged before it is over: better than the first from scratch.
@@ -66,22 +73,20 @@ def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(
                 frozen = name.startswith(("stem", "stage1", "stage2"))
                 same = jax.tree.map(np.array_equal, leaves, finished.state.variables[collection][name])
                 assert all(jax.tree.leaves(same)) == frozen, (collection, name)
-    assert (
-        TrainConfig.load(result.workdir / "config.json").mean == TrainConfig.load(finished.workdir / "config.json").mean
-    )
+    assert normalization_of(result.workdir) == normalization_of(finished.workdir)
 
 
 def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin, tmp_path):
     deployed = load_deploy(finished.workdir / "deploy.safetensors")
-    config = dataclasses.replace(tiny, init_from=str(finished.workdir / "deploy.safetensors"), reopen=True, seed=1)
+    config = tiny.replace(init_from=str(finished.workdir / "deploy.safetensors"), reopen=True, seed=1)
     state, batch = begin(config, tmp_path / "run")
-    saved = TrainConfig.load(tmp_path / "run" / "config.json")
-    assert saved.mean == TrainConfig.load(finished.workdir / "config.json").mean
-    images = normalize(batch["image"], saved.mean, saved.std)
+    normalization = normalization_of(tmp_path / "run")
+    assert normalization == normalization_of(finished.workdir)
+    images = normalize(batch["image"], *normalization)
 
     @jax.jit
     def logits(variables, deploy_variables, images):
-        model = tiny.create_model(10)
+        model = tiny.network.create_model(10)
         in_training, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
         expected = deployed.model.apply(deploy_variables, images, train=False)
         return expected, model.apply(variables, images, train=False), in_training
@@ -95,15 +100,14 @@ def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin
 @pytest.mark.long
 def test_a_deploy_form_is_reopened_if_asked_and_trained_on(tiny, finished, tmp_path):
     file = finished.workdir / "deploy.safetensors"
-    config = dataclasses.replace(tiny, init_from=str(file), reopen=True, epochs=1, learning_rate=0.01, seed=1)
+    config = tiny.replace(init_from=str(file), reopen=True, epochs=1, learning_rate=0.01, seed=1)
     result = train_and_evaluate(config, tmp_path / "run")
     assert result.history[0]["train/loss"] < finished.history[0]["train/loss"]
     assert result.comparison.agreement.predictions_changed == 0
     for name, block in result.state.variables["params"].items():
         if name != "head":
             assert all(jnp.abs(norm["scale"]).max() > 0 for norm in norms(block)), name
-    saved = TrainConfig.load(result.workdir / "config.json")
-    assert saved.mean == TrainConfig.load(finished.workdir / "config.json").mean
+    assert normalization_of(result.workdir) == normalization_of(finished.workdir)
 
 
 def norms(block):
@@ -112,7 +116,7 @@ def norms(block):
 
 def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, tmp_path):
     def start(init_from, **changes):
-        train_and_evaluate(dataclasses.replace(tiny, init_from=str(init_from), **changes), tmp_path / "run")
+        train_and_evaluate(tiny.replace(init_from=str(init_from), **changes), tmp_path / "run")
 
     with pytest.raises(ValueError, match=r"deploy.safetensors, a deploy form: .*expected the run directory"):
         start(finished.workdir / "deploy.safetensors")

@@ -1,5 +1,3 @@
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,7 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.data import load_dataset, normalize
-from repvgg_jax.training import TrainConfig
+from repvgg_jax.training.run.data_record import DataRecord
 from repvgg_jax.training.start.whitening import whiten_stem
 
 
@@ -95,26 +93,21 @@ def test_the_largest_components_come_first_and_channels_beyond_them_stay(channel
 
 
 def test_a_run_begins_with_a_whitened_stem_and_the_same_data(tiny, begin, tmp_path):
-    state, batch = begin(dataclasses.replace(tiny, whiten_stem=True), tmp_path / "run")
+    state, batch = begin(tiny.replace(whiten_stem=True), tmp_path / "run")
     plain, same_batch = begin(tiny, tmp_path / "plain")
     assert np.abs(state.params["stem"]["branch_1x1"]["bn"]["scale"]).max() < 1e-6
     assert np.abs(plain.params["stem"]["branch_1x1"]["bn"]["scale"]).min() > 0.99
     chex.assert_trees_all_equal(batch, same_batch)
-    images = normalize(batch["image"], *measured(tmp_path / "run"))
+    images = normalize(batch["image"], *DataRecord.load(tmp_path / "run").normalization)
     found = correlations({"params": state.params}, images)
     assert np.abs(found[:8, :8] - np.eye(8)).max() < 1e-3
 
 
-def measured(run):
-    config = TrainConfig.load(run / "config.json")
-    return config.mean, config.std
-
-
 def test_images_smaller_than_a_patch_are_not_whitened(tiny):
     with pytest.raises(ValueError, match="image_size is 2: expected at least 3 to whiten"):
-        dataclasses.replace(tiny, whiten_stem=True, image_size=2)
+        tiny.replace(whiten_stem=True, image_size=2)
 
 
 def test_a_stem_that_comes_with_weights_is_not_whitened(tiny):
     with pytest.raises(ValueError, match=r"whiten_stem is True: expected False \(--no-whiten-stem"):
-        dataclasses.replace(tiny, whiten_stem=True, init_from="somewhere")
+        tiny.replace(whiten_stem=True, init_from="somewhere")

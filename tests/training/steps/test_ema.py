@@ -1,15 +1,15 @@
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.training.ema import update_ema
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.steps import create_mesh, create_state, make_train_step, shard_batch
-from tests.training.test_steps import CONFIG, batch
+from repvgg_jax.training.steps.ema import update_ema
+from repvgg_jax.training.steps.mesh import create_mesh, shard_batch
+from repvgg_jax.training.steps.optimizer import create_optimizer
+from repvgg_jax.training.steps.state import create_state
+from repvgg_jax.training.steps.train_step import make_train_step
+from tests.training.steps.test_steps import CONFIG, batch
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.999])
@@ -41,11 +41,11 @@ def test_a_step_averages_parameters_and_statistics_and_trains_as_without():
     mesh = create_mesh(jax.devices()[:1])
     states = {}
     for decay in (0.0, 0.9):
-        config = dataclasses.replace(CONFIG, ema_decay=decay)
-        model = config.create_model(4)
-        optimizer = create_optimizer(config, steps_per_epoch=2)
+        config = CONFIG.replace(ema_decay=decay)
+        model = config.network.create_model(4)
+        optimizer = create_optimizer(config.optimization, steps_per_epoch=2)
         state = create_state(model, optimizer, config, 1, mesh)
-        step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+        step = make_train_step(model, optimizer, config, config.data.normalization, mesh, steps_per_epoch=2)
         history = [jax.device_get(state)]
         for number in range(2):
             state, _ = step(state, shard_batch(batch(seed=number), mesh))

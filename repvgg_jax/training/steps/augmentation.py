@@ -17,7 +17,8 @@ from repvgg_jax.data import (
     random_mix,
     trivial_augment,
 )
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training.config import AugmentationConfig
 
 # Folded into a seed's key it gives the key that is the same at every step; no step has this number.
 _SIDES = 2**32 - 1
@@ -26,8 +27,11 @@ _SIDES = 2**32 - 1
 def augment(
     key: jax.Array,
     batch: Mapping[str, jax.Array],
-    config: TrainConfig,
+    config: AugmentationConfig,
+    normalization: Normalization,
+    *,
     num_classes: int,
+    seed: int,
     epoch: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
     """Crop, flip, TrivialAugment and colour, normalise, cut out, mix; what the config leaves off costs nothing.
@@ -35,9 +39,11 @@ def augment(
     Args:
       key: random key; each ingredient has its own part of it, so that switching one on changes no other's draw.
       batch: 'image', uint8 `(B, H, W, C)`, 'label' and 'index', int32 `(B,)`.
-      config: with `mean` and `std` filled in.
+      config: says which.
+      normalization: of the images.
       num_classes: length of a target.
-      epoch: decides, with `alternate_flip`, the index and the config's seed, which images are mirrored.
+      seed: of the run.
+      epoch: decides, with `alternate_flip`, the index and the seed, which images are mirrored.
 
     Returns:
       float32 images `(B, H, W, C)` and smoothed, mixed targets `(B, num_classes)`.
@@ -47,7 +53,7 @@ def augment(
     if config.crop_padding:
         images = random_crop(crop_key, images, padding=config.crop_padding)
     if config.alternate_flip:
-        sides_key = jax.random.fold_in(jax.random.key(config.seed), _SIDES)
+        sides_key = jax.random.fold_in(jax.random.key(seed), _SIDES)
         images = alternating_flip(sides_key, images, batch["index"], epoch=epoch)
     elif config.flip:
         images = random_flip(flip_key, images)
@@ -55,7 +61,7 @@ def augment(
         images = trivial_augment(policy_key, images)
     if config.color_jitter:
         images = random_color_jitter(color_key, images, strength=config.color_jitter)
-    images = normalize(images, *config.normalization)
+    images = normalize(images, *normalization)
     if config.cutout:
         images = random_cutout(cutout_key, images, size=config.cutout)
     targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), config.label_smoothing)

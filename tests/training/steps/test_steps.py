@@ -1,4 +1,3 @@
-import dataclasses
 from functools import cache
 
 import chex
@@ -9,22 +8,16 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from repvgg_jax.preprocess import Normalization
 from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.augmentation import augment
-from repvgg_jax.training.optimizer import create_optimizer
-from repvgg_jax.training.steps import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    create_mesh,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    require_divisible,
-    shard_batch,
-)
+from repvgg_jax.training.steps.augmentation import augment
+from repvgg_jax.training.steps.eval_step import make_eval_step
+from repvgg_jax.training.steps.mesh import abstract_batch, create_mesh, require_divisible, shard_batch
+from repvgg_jax.training.steps.optimizer import create_optimizer
+from repvgg_jax.training.steps.state import TrainState, abstract_state, create_state
+from repvgg_jax.training.steps.train_step import make_train_step
 
-CONFIG = TrainConfig(
+CONFIG = TrainConfig().replace(
     depths=(1, 2, 1, 1),
     width_multiplier=(0.25, 0.125, 0.0625, 0.0625),
     strides=(1, 1, 2, 2, 1),
@@ -49,16 +42,16 @@ def batch(count=16, seed=0):
 
 
 # For what does not depend on the network: one block a stage, the first of them with an identity.
-SMALL = dataclasses.replace(CONFIG, depths=(1, 1, 1, 1))
+SMALL = CONFIG.replace(depths=(1, 1, 1, 1))
 
 
 @cache
 def compiled(config, count):
     """On so many devices: the mesh, a fresh state, and the training step; compiled once for all tests."""
     mesh = create_mesh(jax.devices()[:count])
-    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=3)
+    model, optimizer = config.network.create_model(4), create_optimizer(config.optimization, steps_per_epoch=3)
     state = jax.device_get(create_state(model, optimizer, config, 1, mesh))
-    return mesh, state, make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+    return mesh, state, make_train_step(model, optimizer, config, config.data.normalization, mesh, steps_per_epoch=2)
 
 
 def run(config, steps, count):
@@ -79,7 +72,7 @@ def test_the_loss_falls():
 
 
 def test_images_are_mirrored_in_turn_by_the_epoch_of_the_step():
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=True, alternate_flip=True)
+    config = CONFIG.replace(crop_padding=0, flip=True, alternate_flip=True)
     step = rigged_step(config, OfPixels())
     losses = [float(step(np.ones(4), number)[2]["loss"]) for number in range(5)]
     assert losses[0] == losses[1] == losses[4]
@@ -107,7 +100,7 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
     ids=["cut out, mirrored in turn", "distort and mix besides"],
 )
 def test_eight_devices_augment_mix_and_accumulate_as_one_does(further):
-    config = dataclasses.replace(SMALL, accumulate_steps=2, cutout=4, ema_decay=0.9, **further)
+    config = SMALL.replace(accumulate_steps=2, cutout=4, ema_decay=0.9, **further)
     (one,), losses_of_one = run(config, 1, 1)
     (eight,), losses_of_eight = run(config, 1, 8)
     np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
@@ -119,7 +112,7 @@ def test_eight_devices_augment_mix_and_accumulate_as_one_does(further):
 
 @pytest.mark.usefixtures("float32")
 def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_normalised_images():
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
+    config = CONFIG.replace(crop_padding=0, flip=False)
     data = batch()
     images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
     _, _, metrics = rigged_step(config, OfPixels())([1, 2, 3, 4])
@@ -138,7 +131,7 @@ def test_auxiliary_heads_add_their_weighted_losses():
             logits, updates = super().apply(variables, images, train=train, mutable=mutable)
             return (logits, {"one": 2 * logits, "other": logits[:, ::-1]}), updates
 
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mean=(0.0,), std=(1.0,), auxiliary_weight=0.3)
+    config = CONFIG.replace(crop_padding=0, flip=False, mean=(0.0,), std=(1.0,), auxiliary_weight=0.3)
     _, _, metrics = rigged_step(config, WithHeads())(np.ones(4))
     data = batch()
     logits = data["image"][:, 0, :4, 0] / 255
@@ -147,7 +140,7 @@ def test_auxiliary_heads_add_their_weighted_losses():
 
 
 def test_a_network_with_auxiliary_heads_trains_them():
-    config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1))
+    config = CONFIG.replace(variant="repvggplus_l2pse", depths=(1, 1, 2, 1))
     after, metrics = abstract_step(config)
     assert "stage3_first_aux" in after.params
     assert metrics["loss"].shape == ()
@@ -158,7 +151,7 @@ def test_a_network_with_auxiliary_heads_trains_them():
 def test_auxiliary_heads_of_a_fresh_network_are_worth_their_weighted_losses():
     losses = {}
     for weight in (0.0, 0.1):
-        config = dataclasses.replace(CONFIG, variant="repvggplus_l2pse", depths=(1, 1, 2, 1), auxiliary_weight=weight)
+        config = CONFIG.replace(variant="repvggplus_l2pse", depths=(1, 1, 2, 1), auxiliary_weight=weight)
         _, (losses[weight],) = run(config, 1, 1)
     # Three heads over four classes start near log 4 each.
     assert losses[0.1] - losses[0.0] == pytest.approx(0.1 * 3 * np.log(4), rel=0.5)
@@ -166,9 +159,9 @@ def test_auxiliary_heads_of_a_fresh_network_are_worth_their_weighted_losses():
 
 @pytest.mark.usefixtures("float32")
 def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
-    config = dataclasses.replace(SMALL, crop_padding=0, flip=False, accumulate_steps=2)
+    config = SMALL.replace(crop_padding=0, flip=False, accumulate_steps=2)
     mesh = create_mesh(jax.devices()[:1])
-    model, optimizer = config.create_model(4), optax.sgd(1.0)
+    model, optimizer = config.network.create_model(4), optax.sgd(1.0)
     initial = jax.device_get(create_state(model, optimizer, config, 1, mesh))
     data = batch()
     images = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
@@ -187,7 +180,7 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
         gradients.append(gradient)
         losses.append(float(loss))
     expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, initial.params, *gradients)
-    state, metrics = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)(
+    state, metrics = make_train_step(model, optimizer, config, config.data.normalization, mesh, steps_per_epoch=2)(
         initial, shard_batch(data, mesh)
     )
     assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
@@ -205,9 +198,9 @@ def test_accumulating_averages_gradients_and_updates_statistics_in_turn():
 
 def test_masked_rows_count_in_no_sum():
     mesh = create_mesh(jax.devices()[:1])
-    model = SMALL.create_model(4)
+    model = SMALL.network.create_model(4)
     state = create_state(model, optax.identity(), SMALL, 1, mesh)
-    step = make_eval_step(model, SMALL, mesh)
+    step = make_eval_step(model, SMALL.data.normalization, mesh)
     data = {**batch(), "mask": np.arange(16) < 5}
     result = step(state.variables, shard_batch(data, mesh))
     first_five = {key: value[:5] for key, value in data.items()}
@@ -231,12 +224,13 @@ class Pixels:
 
 
 def test_evaluation_sums_over_the_rows_that_are_there_whatever_the_others_hold():
-    config = dataclasses.replace(CONFIG, mean=(0.0,), std=(1 / 255,))
     mesh = create_mesh(jax.devices()[:1])
     images = np.zeros((4, 8, 8, 1), np.uint8)
     images[:, 0, :4, 0] = [[3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [200, 200, 0, 0]]
     data = {"image": images, "label": np.array([0, 1, 3, 0], np.int32), "mask": np.array([True, True, True, False])}
-    found = jax.device_get(make_eval_step(Pixels(), config, mesh)({}, shard_batch(data, mesh)))
+    found = jax.device_get(
+        make_eval_step(Pixels(), Normalization((0.0,), (1 / 255,)), mesh)({}, shard_batch(data, mesh))
+    )
     assert (found["correct"], found["count"]) == (2, 3)
     np.testing.assert_allclose(found["loss"], 3 * np.log(3 + np.exp(3.0)) - 6, rtol=1e-5)
     np.testing.assert_allclose(found["logits"][:3], images[:3, 0, :4, 0], rtol=1e-6)
@@ -248,7 +242,7 @@ def test_initial_weights_are_drawn_from_the_seed_and_begin_the_average():
     mesh = create_mesh(jax.devices()[:1])
     states = {}
     for seed, decay in ((0, 0.0), (0, 0.9), (1, 0.0)):
-        config = dataclasses.replace(CONFIG, seed=seed, ema_decay=decay)
+        config = CONFIG.replace(seed=seed, ema_decay=decay)
         states[seed, decay] = create_state(Pixels(), optax.sgd(0.1, momentum=0.9), config, 1, mesh)
     chex.assert_trees_all_equal(states[0, 0.0].variables, states[0, 0.9].variables, states[0, 0.9].ema)
     assert np.abs(states[0, 0.0].params["vector"] - states[1, 0.0].params["vector"]).max() > 0.1
@@ -258,7 +252,7 @@ def test_initial_weights_are_drawn_from_the_seed_and_begin_the_average():
 
 @pytest.mark.parametrize(("batch_size", "accumulate_steps", "fits"), [(16, 2, True), (24, 1, True), (24, 2, False)])
 def test_microbatches_divide_the_training_batch_and_not_the_evaluations(batch_size, accumulate_steps, fits):
-    config = dataclasses.replace(CONFIG, batch_size=batch_size, accumulate_steps=accumulate_steps, eval_batch_size=8)
+    config = CONFIG.replace(batch_size=batch_size, accumulate_steps=accumulate_steps, eval_batch_size=8)
     mesh = create_mesh()
     require_divisible(config, mesh, "eval_batch_size")
     if fits:
@@ -274,7 +268,7 @@ def test_augmentation_changes_with_the_step_and_the_seed():
         return [float(step(np.ones(4), number)[2]["loss"]) for number in steps]
 
     base, again, later = first_losses(CONFIG, [0, 0, 1])
-    (another_seed,) = first_losses(dataclasses.replace(CONFIG, seed=1), [0])
+    (another_seed,) = first_losses(CONFIG.replace(seed=1), [0])
     assert base == again
     assert len({base, later, another_seed}) == 3
 
@@ -305,12 +299,13 @@ class OfPixels(Rigged):
 def rigged_step(config, network):
     """A training step of `vector` alone: (vector, step's number) -> state before, state after, metrics."""
     mesh = create_mesh(jax.devices()[:1])
-    optimizer = create_optimizer(config, steps_per_epoch=2)
-    step = make_train_step(network, optimizer, config, mesh, steps_per_epoch=2)
+    optimizer = create_optimizer(config.optimization, steps_per_epoch=2)
+    step = make_train_step(network, optimizer, config, config.data.normalization, mesh, steps_per_epoch=2)
 
     def run(vector, number=0):
         params = {"vector": jnp.asarray(vector, jnp.float32)}
-        ema = {"params": {"vector": jnp.ones(4)}, "batch_stats": {"seen": jnp.ones(1)}} if config.ema_decay else None
+        average = {"params": {"vector": jnp.ones(4)}, "batch_stats": {"seen": jnp.ones(1)}}
+        ema = average if config.optimization.ema_decay else None
         state = TrainState(jnp.int32(number), params, {"seen": jnp.zeros(1)}, optimizer.init(params), ema)
         before = jax.device_get(state)
         return before, *step(jax.device_put(state, NamedSharding(mesh, PartitionSpec())), shard_batch(batch(), mesh))
@@ -331,13 +326,13 @@ def rigged_step(config, network):
 def test_a_loss_or_a_gradient_that_is_not_finite_is_enough_to_leave_a_step_out(
     logits, vector, loss_is_finite, gradient_is_finite
 ):
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
+    config = CONFIG.replace(crop_padding=0, flip=False)
     _, taken, metrics = rigged_step(config, Rigged(logits))(vector)
     assert np.isfinite(metrics["loss"]) == loss_is_finite
     assert np.isfinite(taken.opt_state[1][0].trace["vector"]).all() == gradient_is_finite
     assert "skipped" not in metrics
 
-    before, after, metrics = rigged_step(dataclasses.replace(config, skip_nonfinite=True), Rigged(logits))(vector)
+    before, after, metrics = rigged_step(config.replace(skip_nonfinite=True), Rigged(logits))(vector)
     left_out = not (loss_is_finite and gradient_is_finite)
     assert metrics["skipped"] == left_out
     assert int(after.step) == 1
@@ -350,9 +345,13 @@ def test_a_loss_or_a_gradient_that_is_not_finite_is_enough_to_leave_a_step_out(
 def test_the_loss_is_to_the_mixed_targets_and_the_accuracy_to_the_labels():
     data = batch()
     guesses = np.where(np.arange(16) < 4, (data["label"] + 1) % 4, data["label"])
-    config = dataclasses.replace(CONFIG, crop_padding=0, flip=False, mixup=0.5, cutmix=0.5)
+    config = CONFIG.replace(crop_padding=0, flip=False, mixup=0.5, cutmix=0.5)
     step = rigged_step(config, Rigged(lambda vector: jax.nn.one_hot(guesses, 4) * vector))
-    mixed = jax.jit(lambda key: augment(key, data, config, 4, 0)[1])
+    mixed = jax.jit(
+        lambda key: augment(
+            key, data, config.augmentation, config.data.normalization, num_classes=4, seed=config.seed, epoch=0
+        )[1]
+    )
     by_targets = set()
     for number in range(6):
         _, _, metrics = step(np.full(4, 2.0), number)
@@ -366,8 +365,8 @@ def test_the_loss_is_to_the_mixed_targets_and_the_accuracy_to_the_labels():
 
 @pytest.mark.parametrize(("ema_decay", "accumulate_steps"), [(0.0, 1), (0.9, 2)])
 def test_parameters_statistics_and_averages_are_float32_where_the_compute_is_bfloat16(ema_decay, accumulate_steps):
-    config = dataclasses.replace(
-        CONFIG, dtype="bfloat16", ema_decay=ema_decay, accumulate_steps=accumulate_steps, muon_learning_rate=0.1
+    config = CONFIG.replace(
+        dtype="bfloat16", ema_decay=ema_decay, accumulate_steps=accumulate_steps, muon_learning_rate=0.1
     )
     after, metrics = abstract_step(config)
     assert {leaf.dtype for leaf in leaves_by_kind(after)[1]} == {np.dtype(np.float32)}
@@ -377,9 +376,9 @@ def test_parameters_statistics_and_averages_are_float32_where_the_compute_is_bfl
 def abstract_step(config):
     """What a training step returns; its state is of the shapes and dtypes of the one before."""
     mesh = create_mesh(jax.devices()[:1])
-    model, optimizer = config.create_model(4), create_optimizer(config, steps_per_epoch=2)
+    model, optimizer = config.network.create_model(4), create_optimizer(config.optimization, steps_per_epoch=2)
     before = abstract_state(model, optimizer, config, 1, mesh)
-    step = make_train_step(model, optimizer, config, mesh, steps_per_epoch=2)
+    step = make_train_step(model, optimizer, config, config.data.normalization, mesh, steps_per_epoch=2)
     after, metrics = jax.eval_shape(step, before, abstract_batch(config, 1, mesh))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
     return after, metrics
@@ -392,7 +391,7 @@ def leaves_by_kind(tree):
 
 
 def test_a_step_left_out_changes_counts_alone_also_where_there_is_an_average():
-    config = dataclasses.replace(CONFIG, skip_nonfinite=True, ema_decay=0.9)
+    config = CONFIG.replace(skip_nonfinite=True, ema_decay=0.9)
     step = rigged_step(config, Rigged(lambda vector: vector))
     before, after, metrics = step([0, 1, 2, 3], 5)
     assert metrics["skipped"] == 0

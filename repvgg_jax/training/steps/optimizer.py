@@ -11,10 +11,10 @@ from optax import contrib
 
 from repvgg_jax.models.repvgg import frozen_parts
 from repvgg_jax.reparam.rules import AUXILIARY_HEADS
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.config import OptimizationConfig
 
 
-def learning_rate_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizationConfig, steps_per_epoch: int) -> optax.Schedule:
     """Linear warm-up from 0, for at most half of all steps, then a cosine or a straight line to 0 at the last.
 
     Args:
@@ -64,7 +64,9 @@ def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+def create_optimizer(
+    config: OptimizationConfig, steps_per_epoch: int, *, frozen: str | None = None
+) -> optax.GradientTransformation:
     """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch.
 
     Where the config clips, it clips the gradient of the loss alone: weight decay is added afterwards, so that its
@@ -74,11 +76,19 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
     With `muon_learning_rate`, Muon takes the convolution kernels, as matrices of (patch, output channel): its steps are
     orthogonal matrices, so that no direction of a kernel waits for the others (Jordan et al., 2024,
     https://kellerjordan.github.io/posts/muon). Both follow the one schedule, each to its own peak.
+
+    Args:
+      config: gives the schedule, the rule and its numbers.
+      steps_per_epoch: training steps in an epoch.
+      frozen: the last part of the network that is not trained; what is not trained does not decay.
+
+    Returns:
+      The optimizer.
     """
     schedule = learning_rate_schedule(config, steps_per_epoch)
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     rest = [
-        optax.add_decayed_weights(config.weight_decay, mask=partial(weight_decay_mask, frozen=config.frozen)),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(weight_decay_mask, frozen=frozen)),
         optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     ]
     if not config.muon_learning_rate:
@@ -90,7 +100,7 @@ def create_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.Gradien
         beta=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.muon_weight_decay,
-        weight_decay_mask=partial(weight_decay_mask, frozen=config.frozen),
+        weight_decay_mask=partial(weight_decay_mask, frozen=frozen),
         muon_weight_dimension_numbers=partial(jax.tree.map, lambda _: contrib.MuonDimensionNumbers((0, 1, 2), 3)),
     )
     return optax.chain(*clip, optax.partition({"muon": kernels, "sgd": optax.chain(*rest)}, _muon_or_sgd))

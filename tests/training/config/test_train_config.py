@@ -8,8 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-import repvgg_jax.training.config as config_module
-import repvgg_jax.training.presets as presets_module
+import repvgg_jax.training.config.parts as parts_module
+import repvgg_jax.training.config.presets as presets_module
+import repvgg_jax.training.config.train_config as train_config_module
 from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.training import PRESETS, TrainConfig
 
@@ -52,7 +53,7 @@ from repvgg_jax.training import PRESETS, TrainConfig
 )
 def test_a_value_out_of_range_is_refused_by_field(fields, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**fields)
+        TrainConfig().replace(**fields)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +72,18 @@ def test_a_value_out_of_range_is_refused_by_field(fields, message):
 )
 def test_what_no_deploy_form_can_be_saved_with_is_refused_before_training(fields, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**fields)
+        TrainConfig().replace(**fields)
 
 
 def test_the_preprocessing_of_a_config_is_that_of_its_evaluation():
-    config = TrainConfig(image_size=8, eval_image_size=16, eval_resize=20, mean=(0.5,), std=(0.25,))
-    assert config.preprocess(["a", "b"]) == Preprocess(16, 1, (0.5,), (0.25,), 20, ("a", "b"))
+    config = TrainConfig().replace(image_size=8, eval_image_size=16, eval_resize=20, mean=(0.5,), std=(0.25,))
+    preprocess = config.data.preprocess(config.data.normalization, ["a", "b"])
+    assert preprocess == Preprocess(16, 1, (0.5,), (0.25,), 20, ("a", "b"))
 
 
-FLOATS = [name for name, hint in typing.get_type_hints(TrainConfig).items() if "float" in str(hint) and name != "dtype"]
+PARTS = [type(value) for value in vars(TrainConfig()).values() if dataclasses.is_dataclass(value)]
+HINTS = {name: hint for part in PARTS for name, hint in typing.get_type_hints(part).items()}
+FLOATS = [name for name, hint in HINTS.items() if "float" in str(hint) and name != "dtype"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ FLOATS = [name for name, hint in typing.get_type_hints(TrainConfig).items() if "
 def test_a_number_that_is_not_finite_is_refused_by_field(field, value):
     wrapped = {"mean": (value,), "std": (value,), "width_multiplier": (1.0, 1.0, 1.0, value)}.get(field, value)
     with pytest.raises(ValueError, match=f"^{field} is .*: expected (None or )?.*a finite number"):
-        TrainConfig(**{"mean": (0.5,), "std": (0.5,), field: wrapped})
+        TrainConfig().replace(**{"mean": (0.5,), "std": (0.5,), field: wrapped})
 
 
 @pytest.mark.parametrize(
@@ -109,16 +113,16 @@ def test_a_number_that_is_not_finite_is_refused_by_field(field, value):
 )
 def test_a_value_of_another_type_is_refused_by_field(fields, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**fields)
+        TrainConfig().replace(**fields)
 
 
 def test_whole_numbers_are_taken_for_floats():
-    assert TrainConfig(learning_rate=1, mean=(0,), std=(1,)).learning_rate == 1
+    assert TrainConfig().replace(learning_rate=1, mean=(0,), std=(1,)).optimization.learning_rate == 1
 
 
 def test_lists_are_taken_for_tuples():
-    config = TrainConfig(mean=[0.5], std=[0.25], strides=[1, 1, 2, 2, 2])
-    assert config == TrainConfig(mean=(0.5,), std=(0.25,), strides=(1, 1, 2, 2, 2))
+    config = TrainConfig().replace(mean=[0.5], std=[0.25], strides=[1, 1, 2, 2, 2])
+    assert config == TrainConfig().replace(mean=(0.5,), std=(0.25,), strides=(1, 1, 2, 2, 2))
     assert hash(config) != hash(TrainConfig())
 
 
@@ -134,9 +138,20 @@ def test_a_file_of_another_version_is_refused_with_the_field(tmp_path):
     path.write_text(json.dumps({**dataclasses.asdict(TrainConfig()), "ema": 0.9}))
     with pytest.raises(ValueError, match=r"config.json is not a config of this version .*ema"):
         TrainConfig.load(path)
+    path.write_text(json.dumps({**dataclasses.asdict(TrainConfig()), "checkpoints": {"epochs": 3}}))
+    with pytest.raises(ValueError, match=r"config.json .*: it has the unknown epochs"):
+        TrainConfig.load(path)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not a config"):
         TrainConfig.load(path)
+
+
+def without(fields, name):
+    return {each: value for each, value in fields.items() if each != name}
+
+
+def changed(fields, part, **settings):
+    return {**fields, part: {**fields[part], **settings}}
 
 
 @pytest.mark.parametrize(
@@ -146,14 +161,17 @@ def test_a_file_of_another_version_is_refused_with_the_field(tmp_path):
         (lambda fields: "text", "it holds text, expected a JSON object"),
         (lambda fields: None, "it holds None, expected a JSON object"),
         (lambda fields: {}, "it lacks dataset, depths, image_size, mean, std, strides, variant, width_multiplier"),
-        (lambda fields: {name: fields[name] for name in fields if name != "strides"}, "it lacks strides"),
-        (lambda fields: {**fields, "mean": [math.nan]}, "NaN is no number"),
-        (lambda fields: {**fields, "learning_rate": math.inf}, "Infinity is no number"),
-        (lambda fields: {**fields, "mean": "x"}, "mean is x: expected a list"),
-        (lambda fields: {**fields, "image_size": "8"}, "image_size is 8: expected a whole number"),
-        (lambda fields: {**fields, "strides": {"a": 1}}, "strides is .*expected a list of 5"),
-        (lambda fields: {**fields, "batch_size": 0}, "batch_size is 0: expected at least 1"),
-        (lambda fields: {**fields, "variant": "repvgg_a9"}, "unknown variant"),
+        (lambda fields: {**fields, "network": without(fields["network"], "strides")}, "it lacks strides"),
+        (lambda fields: without(fields, "data"), "it lacks dataset, image_size, mean, std"),
+        (lambda fields: {**fields, "data": [1]}, r"data is \(1,\): expected a JSON object"),
+        (lambda fields: {**fields, "seed": {"seed": 0}}, "seed is .*expected a whole number"),
+        (lambda fields: changed(fields, "data", mean=[math.nan]), "NaN is no number"),
+        (lambda fields: changed(fields, "optimization", learning_rate=math.inf), "Infinity is no number"),
+        (lambda fields: changed(fields, "data", mean="x"), "mean is x: expected a list"),
+        (lambda fields: changed(fields, "data", image_size="8"), "image_size is 8: expected a whole number"),
+        (lambda fields: changed(fields, "network", strides={"a": 1}), "strides is .*expected a list of 5"),
+        (lambda fields: changed(fields, "optimization", batch_size=0), "batch_size is 0: expected at least 1"),
+        (lambda fields: changed(fields, "network", variant="repvgg_a9"), "unknown variant"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_field(change, fault, tmp_path):
@@ -164,16 +182,30 @@ def test_a_damaged_file_is_named_with_the_field(change, fault, tmp_path):
 
 
 def test_every_field_is_explained_beside_it():
-    source = Path(config_module.__file__).read_text()
-    for field in dataclasses.fields(TrainConfig):
-        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', source, re.MULTILINE), field.name
+    source = Path(parts_module.__file__).read_text() + Path(train_config_module.__file__).read_text()
+    for name in TrainConfig().settings:
+        assert re.search(rf'^    {name}: .*\n    """.+"""$', source, re.MULTILINE), name
+
+
+def test_every_setting_has_one_name_and_is_replaced_by_it_whatever_its_part():
+    names = [field.name for part in (*PARTS, TrainConfig) for field in dataclasses.fields(part)]
+    assert len(names) == len(set(names))
+    config = TrainConfig().replace(depths=(1, 1, 1, 1), cutout=8, epochs=10, seed=3)
+    assert (config.network.depths, config.augmentation.cutout) == ((1, 1, 1, 1), 8)
+    assert (config.optimization.epochs, config.seed) == (10, 3)
+    kept = dict(depths=None, cutout=0, epochs=120, seed=0)
+    assert config.replace(**kept) == TrainConfig() != config
+    assert TrainConfig().settings == {**config.settings, **kept}
+    with pytest.raises(TypeError, match=r"epoch is no setting: expected some of variant, .*, seed"):
+        TrainConfig().replace(epoch=10)
 
 
 def test_the_imagenet_preset_is_the_recipe_of_the_paper():
     preset = PRESETS["imagenet"]
-    assert (preset.epochs, preset.batch_size, preset.learning_rate, preset.weight_decay) == (120, 256, 0.1, 1e-4)
-    assert (preset.momentum, preset.label_smoothing, preset.warmup_epochs) == (0.9, 0.0, 0)
-    assert (preset.image_size, preset.eval_resize, preset.random_resized_crop) == (224, 256, True)
+    steps, data = preset.optimization, preset.data
+    assert (steps.epochs, steps.batch_size, steps.learning_rate, steps.weight_decay) == (120, 256, 0.1, 1e-4)
+    assert (steps.momentum, preset.augmentation.label_smoothing, steps.warmup_epochs) == (0.9, 0.0, 0)
+    assert (data.image_size, data.eval_resize, data.random_resized_crop) == (224, 256, True)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +214,7 @@ def test_the_imagenet_preset_is_the_recipe_of_the_paper():
      ("cifar10_a0_stride32", 0.2), ("imagenet", 0.1), ("imagenet_heavy", 0.1), ("imagenet_plus", 0.1)],
 )  # fmt: skip
 def test_presets_train_at_the_rates_of_their_recipes(name, rate):
-    assert PRESETS[name].peak_learning_rate == pytest.approx(rate)
+    assert PRESETS[name].optimization.peak_learning_rate == pytest.approx(rate)
 
 
 def test_every_preset_has_its_command_beside_it():
@@ -194,19 +226,20 @@ def test_every_preset_has_its_command_beside_it():
 
 def test_the_plus_preset_is_tested_at_320_pixels_with_its_auxiliary_heads():
     preset = PRESETS["imagenet_plus"]
-    assert (preset.image_size, preset.evaluation_size, preset.epochs, preset.weight_decay) == (256, 320, 300, 4e-5)
-    assert preset.create_model(10).auxiliary_heads
-    assert PRESETS["imagenet"].evaluation_size == 224
+    assert (preset.data.image_size, preset.data.evaluation_size) == (256, 320)
+    assert (preset.optimization.epochs, preset.optimization.weight_decay) == (300, 4e-5)
+    assert preset.network.create_model(10).auxiliary_heads
+    assert PRESETS["imagenet"].data.evaluation_size == 224
 
 
 def test_the_network_is_built_as_the_config_says():
-    config = TrainConfig(
+    config = TrainConfig().replace(
         variant="repvgg_b1g4", strides=(1, 1, 2, 2, 1), depths=(1, 2, 1, 1), width_multiplier=(0.5, 0.25, 0.25, 0.125),
         dtype="bfloat16", remat=True, init_from="run", frozen="stage2",
     )  # fmt: skip
-    model = config.create_model(7)
+    model = config.network.create_model(7)
     for name in ("strides", "depths", "width_multiplier", "remat", "frozen"):
-        assert getattr(model, name) == getattr(config, name), name
+        assert getattr(model, name) == getattr(config.network, name), name
     assert (model.num_classes, model.dtype, model.deploy) == (7, jnp.bfloat16, False)
-    plain = TrainConfig().create_model(7)
+    plain = TrainConfig().network.create_model(7)
     assert (plain.dtype, plain.remat, plain.frozen) == (None, False, None)

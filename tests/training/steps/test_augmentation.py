@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data import random_crop, random_flip, train_iterator
-from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.augmentation import augment
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training.config import AugmentationConfig
+from repvgg_jax.training.steps.augmentation import augment
 from tests.data.tiny_data import noise
 
-CONFIG = TrainConfig(image_size=12, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_padding=2, label_smoothing=0.1)
+CONFIG = AugmentationConfig(crop_padding=2, label_smoothing=0.1)
+NORMALIZATION = Normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 IMAGES = jnp.asarray(noise(16, 12, 12, 3))
 INDICES = jnp.arange(16, dtype=jnp.int32)
 BATCH = {"image": IMAGES, "label": INDICES % 5, "index": INDICES}
@@ -18,15 +20,18 @@ KEY = jax.random.key(7)
 INGREDIENTS = dict(trivial_augment=True, color_jitter=0.4, cutout=6, mixup=0.2, cutmix=1.0)
 
 
-def augmented(epoch=0, **fields):
-    return augment(KEY, BATCH, dataclasses.replace(CONFIG, **fields), 5, epoch)
+def augmented(epoch=0, seed=0, **fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    return augment(KEY, BATCH, config, NORMALIZATION, num_classes=5, seed=seed, epoch=epoch)
 
 
 def test_by_default_only_crop_flip_and_normalisation_happen_with_their_two_keys():
     crop_key, flip_key = jax.random.split(KEY)
     expected = random_flip(flip_key, random_crop(crop_key, IMAGES, padding=2))
     images, targets = augmented()
-    np.testing.assert_allclose(images, (expected / 255 - np.array(CONFIG.mean)) / np.array(CONFIG.std), atol=1e-5)
+    np.testing.assert_allclose(
+        images, (expected / 255 - np.array(NORMALIZATION.mean)) / np.array(NORMALIZATION.std), atol=1e-5
+    )
     np.testing.assert_allclose(targets, np.eye(5)[BATCH["label"]] * 0.9 + 0.02, atol=1e-6)
 
 
@@ -59,9 +64,10 @@ def mirrored(crop, shards=1):
     """By epoch and index, whether an image is shown mirrored: all of them rise to the right."""
     image = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[:, None], (30, 1, 1))
     records = [{"image": image, "label": 0}] * 96
-    config = TrainConfig(image_size=8, mean=(0.0,), std=(1.0,), crop_padding=1, alternate_flip=True)
-    change = jax.jit(lambda key, batch, epoch: augment(key, batch, config, 2, epoch)[0])
-    options = dict(batch_size=24 // shards, image_size=8, channels=1, seed=config.seed, crop=crop)
+    config = AugmentationConfig(crop_padding=1, alternate_flip=True)
+    settings = dict(config=config, normalization=Normalization((0.0,), (1.0,)), num_classes=2, seed=0)
+    change = jax.jit(lambda key, batch, epoch: augment(key, batch, epoch=epoch, **settings)[0])
+    options = dict(batch_size=24 // shards, image_size=8, channels=1, seed=0, crop=crop)
     streams = [train_iterator(records, shard=(shard, shards), **options) for shard in range(shards)]
     found = np.full((3, 96), -1)
     for step in range(3 * 4):

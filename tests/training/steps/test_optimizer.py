@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model
-from repvgg_jax.training import TrainConfig
-from repvgg_jax.training.optimizer import create_optimizer, learning_rate_schedule, weight_decay_mask
+from repvgg_jax.training.config import OptimizationConfig
+from repvgg_jax.training.steps.optimizer import create_optimizer, learning_rate_schedule, weight_decay_mask
 from tests.random_variables import random_variables
 
 
 def test_the_rate_warms_up_linearly_and_falls_as_a_cosine_to_zero():
-    schedule = learning_rate_schedule(TrainConfig(epochs=10, warmup_epochs=2, learning_rate=0.4), steps_per_epoch=5)
+    schedule = learning_rate_schedule(
+        OptimizationConfig(epochs=10, warmup_epochs=2, learning_rate=0.4), steps_per_epoch=5
+    )
     rates = [float(schedule(step)) for step in range(51)]
     np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), rtol=1e-5)
     np.testing.assert_allclose(rates[10:], 0.2 * (1 + np.cos(np.linspace(0, np.pi, 41))), rtol=1e-5, atol=1e-7)
 
 
 def test_a_linear_schedule_warms_up_as_the_cosine_does_and_falls_in_a_straight_line_to_zero():
-    config = TrainConfig(epochs=10, warmup_epochs=2, learning_rate=0.4, schedule="linear")
+    config = OptimizationConfig(epochs=10, warmup_epochs=2, learning_rate=0.4, schedule="linear")
     schedule = learning_rate_schedule(config, steps_per_epoch=5)
     rates = [float(schedule(step)) for step in range(51)]
     np.testing.assert_allclose(rates[:11], np.linspace(0, 0.4, 11), rtol=1e-5)
@@ -28,24 +30,28 @@ def test_a_linear_schedule_warms_up_as_the_cosine_does_and_falls_in_a_straight_l
 
 
 def test_a_short_run_of_a_long_recipe_warms_up_for_half_of_it():
-    schedule = learning_rate_schedule(TrainConfig(epochs=2, warmup_epochs=5, learning_rate=0.4), steps_per_epoch=10)
+    schedule = learning_rate_schedule(
+        OptimizationConfig(epochs=2, warmup_epochs=5, learning_rate=0.4), steps_per_epoch=10
+    )
     assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 0.4, 0])
 
 
 def test_warm_up_may_take_a_part_of_an_epoch():
-    schedule = learning_rate_schedule(TrainConfig(epochs=2, warmup_epochs=0.5, learning_rate=0.4), steps_per_epoch=10)
+    schedule = learning_rate_schedule(
+        OptimizationConfig(epochs=2, warmup_epochs=0.5, learning_rate=0.4), steps_per_epoch=10
+    )
     assert [float(schedule(step)) for step in range(6)] == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
     assert float(schedule(6)) < 0.4
 
 
 def test_without_warm_up_the_rate_starts_at_its_peak():
-    schedule = learning_rate_schedule(TrainConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
+    schedule = learning_rate_schedule(OptimizationConfig(epochs=10, learning_rate=0.4), steps_per_epoch=5)
     assert float(schedule(0)) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("batch_size", "peak"), [(128, 0.2), (256, 0.4), (1024, 1.6)])
 def test_the_rate_grows_linearly_with_the_batch_size(batch_size, peak):
-    config = TrainConfig(epochs=10, warmup_epochs=1, learning_rate=0.1, batch_size=batch_size)
+    config = OptimizationConfig(epochs=10, warmup_epochs=1, learning_rate=0.1, batch_size=batch_size)
     schedule = learning_rate_schedule(dataclasses.replace(config, learning_rate_batch_size=64), steps_per_epoch=10)
     assert max(float(schedule(step)) for step in range(100)) == pytest.approx(peak)
 
@@ -67,7 +73,7 @@ def test_weight_decay_spares_biases_and_the_scales_behind_convolutions():
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_are_those_of_pytorchs_sgd_with_weight_decay(momentum, nesterov):
-    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=momentum, nesterov=nesterov, weight_decay=0.1)
+    config = OptimizationConfig(epochs=1000, learning_rate=0.5, momentum=momentum, nesterov=nesterov, weight_decay=0.1)
     optimizer = create_optimizer(config, steps_per_epoch=1000)
     params = {"head": {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}}
     state = optimizer.init(params)
@@ -87,7 +93,7 @@ def test_steps_are_those_of_pytorchs_sgd_with_weight_decay(momentum, nesterov):
 
 @pytest.mark.parametrize("scale", [0.1, 10.0])
 def test_clipping_bounds_the_norm_of_the_gradient_and_leaves_weight_decay_whole(scale):
-    config = TrainConfig(epochs=1000, learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.1)
+    config = OptimizationConfig(epochs=1000, learning_rate=1.0, momentum=0.0, nesterov=False, weight_decay=0.1)
     params = {"head": {"kernel": jnp.array([2.0, 0.0]), "bias": jnp.array([5.0])}}
     gradients = {"head": {"kernel": scale * jnp.array([0.48, 0.64]), "bias": scale * jnp.array([0.6])}}
     updates = {}
@@ -102,7 +108,7 @@ def test_clipping_bounds_the_norm_of_the_gradient_and_leaves_weight_decay_whole(
 
 
 def test_muon_moves_kernels_by_orthogonal_matrices_and_leaves_the_rest_to_sgd():
-    config = TrainConfig(epochs=1000, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
+    config = OptimizationConfig(epochs=1000, learning_rate=0.5, momentum=0.9, weight_decay=0.1)
     muon = dataclasses.replace(config, muon_learning_rate=0.02, muon_weight_decay=0.5)
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
@@ -135,8 +141,10 @@ PEAK, STEPS = 0.02, 20
 
 def muon(**fields):
     """Muon, two epochs of ten steps, one of them warm-up."""
-    config = TrainConfig(epochs=2, warmup_epochs=1, learning_rate=0.5, batch_size=64, momentum=0.0, nesterov=False)
-    return dataclasses.replace(config, muon_learning_rate=PEAK, **fields)
+    config = OptimizationConfig(
+        epochs=2, warmup_epochs=1, learning_rate=0.5, batch_size=64, momentum=0.0, nesterov=False
+    )
+    return dataclasses.replace(config, **{"muon_learning_rate": PEAK, **fields})
 
 
 def kernel_updates(config, params, gradients):
@@ -205,8 +213,8 @@ def test_without_gradients_all_that_is_trained_decays_and_nothing_else_moves(rat
         "stem": block, "stage1_block1": block, "stage10_block1": block, "stage2_block1": block,
         "stage1_aux": auxiliary, "head": auxiliary["head"],
     }  # fmt: skip
-    config = dataclasses.replace(muon(warmup_epochs=0, init_from="run", frozen=frozen), muon_learning_rate=rate)
-    optimizer = create_optimizer(config, steps_per_epoch=10)
+    config = muon(warmup_epochs=0, muon_learning_rate=rate)
+    optimizer = create_optimizer(config, steps_per_epoch=10, frozen=frozen)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -236,7 +244,7 @@ def test_the_state_without_muon_is_the_tree_that_earlier_checkpoints_hold():
     """(clip,) decay, SGD's (momentum, schedule) in one chain: another tree could not resume a run or fuse it."""
     params = {"head": {"kernel": jnp.ones((2, 2))}}
     for clip in (0.0, 1.0):
-        state = create_optimizer(TrainConfig(grad_clip_norm=clip), steps_per_epoch=1).init(params)
+        state = create_optimizer(OptimizationConfig(grad_clip_norm=clip), steps_per_epoch=1).init(params)
         assert len(state) == (3 if clip else 2)
         trace, schedule = state[-1]
         assert trace.trace["head"]["kernel"].shape == (2, 2)

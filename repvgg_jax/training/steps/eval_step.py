@@ -1,0 +1,50 @@
+"""The jitted evaluation step over a mesh of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Normalization, normalize
+from repvgg_jax.training.steps.mesh import Batch
+
+
+def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> jax.stages.Wrapped:
+    """Build the jitted evaluation step of either form.
+
+    Args:
+      model: in the form of the variables it will be given.
+      normalization: of the images.
+      mesh: from `create_mesh`; its size must divide the batch.
+
+    Returns:
+      `step(variables, {'image', 'label', 'mask'}) -> {'logits' (batch, classes), 'label', 'mask', 'loss' (sum),
+      'correct', 'count'}` of the global batch, replicated; rows whose mask is False count in no sum.
+    """
+
+    def step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        logits: Any = model.apply(variables, normalize(batch["image"], *normalization), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (logits.argmax(-1) == batch["label"]) & batch["mask"]
+        return {
+            "logits": logits,
+            "label": batch["label"],
+            "mask": batch["mask"],
+            "loss": jnp.where(batch["mask"], losses, 0).sum(),
+            "correct": correct.sum(),
+            "count": batch["mask"].sum(),
+        }
+
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )

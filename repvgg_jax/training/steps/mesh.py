@@ -1,0 +1,53 @@
+"""The mesh of devices, and batches placed on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.training.config import TrainConfig
+
+Batch = Mapping[str, Any]
+
+
+def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A one-dimensional mesh, axis 'data', over all devices of all processes (or those given)."""
+    return Mesh(np.asarray(devices or jax.devices()), ("data",))
+
+
+def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
+    """Raise a ValueError unless the mesh, times its microbatches in training, divides the config's batch sizes."""
+    for field in fields:
+        size = config.settings[field]
+        microbatches = config.optimization.accumulate_steps if field == "batch_size" else 1
+        multiple = mesh.size * microbatches
+        if size % multiple:
+            times = f" times accumulate_steps (={microbatches})" if microbatches > 1 else ""
+            raise ValueError(
+                f"{field} is {size}: expected a multiple of the {mesh.size} devices{times}, "
+                f"e.g. {-(-size // multiple) * multiple}"
+            )
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """Put this process's rows of a batch on its devices; the result is the global batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def abstract_batch(config: TrainConfig, channels: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of a training batch."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    size = config.data.image_size
+    shape = (config.optimization.batch_size, size, size, channels)
+    integers = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding),
+        "label": integers,
+        "index": integers,
+    }

@@ -1,0 +1,76 @@
+"""What changes from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
+from repvgg_jax.training.config import TrainConfig
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; replicated over the mesh.
+
+    Attributes:
+      ema: moving average of `variables`, or None where the config's `ema_decay` is 0.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What is trained."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """What is evaluated, fused and saved: the moving average where there is one."""
+        return self.variables if self.ema is None else self.ema
+
+
+def create_state(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
+) -> TrainState:
+    """Initialise parameters, statistics and optimizer from the config's seed, replicated over the mesh."""
+    platform = mesh.devices.flat[0].platform
+    options = compiler_options(platform)
+    if platform == "cpu":  # XLA:CPU would spend seconds on optimising code that runs once
+        options["xla_backend_optimization_level"] = 0
+    init = _initializer(model, optimizer, config, channels)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(init, out_shardings=replicated, compiler_options=options)(jax.random.key(config.seed))
+
+
+def abstract_state(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
+) -> TrainState:
+    """The shapes, dtypes and shardings of what `create_state` returns, computing nothing."""
+    shapes = jax.eval_shape(_initializer(model, optimizer, config, channels), jax.random.key(config.seed))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)
+
+
+def _initializer(
+    model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int
+) -> Callable[[jax.Array], TrainState]:
+    def init(key: jax.Array) -> TrainState:
+        images = jnp.zeros((1, config.data.image_size, config.data.image_size, channels))
+        variables = model.init(key, images, train=False)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        ema = {"params": params, "batch_stats": batch_stats} if config.optimization.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ema)
+
+    return init

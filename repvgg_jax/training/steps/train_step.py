@@ -1,0 +1,120 @@
+"""The jitted training step over a mesh of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from repvgg_jax.models import RepVGG
+from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Normalization
+from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.steps.accumulation import accumulate
+from repvgg_jax.training.steps.augmentation import augment
+from repvgg_jax.training.steps.ema import update_ema
+from repvgg_jax.training.steps.mesh import Batch
+from repvgg_jax.training.steps.state import TrainState
+
+
+def make_train_step(
+    model: RepVGG,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    normalization: Normalization,
+    mesh: Mesh,
+    *,
+    steps_per_epoch: int,
+) -> jax.stages.Wrapped:
+    """Build the jitted training step.
+
+    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch, or,
+    with `accumulate_steps`, of each global microbatch in turn.
+
+    Args:
+      model: in its training form.
+      optimizer: from `create_optimizer`.
+      config: of the epochs that the step is for.
+      normalization: of the images.
+      mesh: from `create_mesh`; its size times `accumulate_steps` must divide the batch.
+      steps_per_epoch: counts the epochs of `alternate_flip`.
+
+    Returns:
+      `step(state, {'image': uint8 (batch, height, width, channels), 'label', 'index': int32 (batch,)}) -> (state,
+      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with; with `skip_nonfinite`
+      also 'skipped', 1 where the step changed nothing but the counts of steps. The old state is donated: do not use it
+      again.
+    """
+    settings = config.optimization
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        images, targets = augment(
+            key,
+            batch,
+            config.augmentation,
+            normalization,
+            num_classes=model.num_classes,
+            seed=config.seed,
+            epoch=state.step // steps_per_epoch,
+        )
+
+        def compute(batch_stats: Any, inputs: Batch) -> tuple[Any, Any]:
+            gradient_fn = jax.value_and_grad(_loss, argnums=2, has_aux=True)
+            (loss, (logits, batch_stats)), gradients = gradient_fn(
+                model, settings.auxiliary_weight, state.params, batch_stats, inputs
+            )
+            metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == inputs["label"]).mean()}
+            return batch_stats, (gradients, metrics)
+
+        inputs = {"image": images, "target": targets, "label": batch["label"]}
+        batch_stats, (gradients, metrics) = accumulate(
+            compute, state.batch_stats, inputs, steps=settings.accumulate_steps, mesh=mesh
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None
+        if settings.ema_decay:
+            variables = {"params": params, "batch_stats": batch_stats}
+            ema = update_ema(state.ema, variables, state.step, settings.ema_decay)
+        new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        if settings.skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
+            new = _where(finite, new, state)
+            metrics["skipped"] = 1.0 - finite
+        return new, metrics
+
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    return jax.jit(
+        step,
+        in_shardings=(replicated, sharded),
+        out_shardings=replicated,
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def _loss(
+    model: RepVGG, auxiliary_weight: float, params: Any, batch_stats: Any, inputs: Batch
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """The loss, auxiliary heads included; the logits, and the statistics after the batch."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    output, updates = model.apply(variables, inputs["image"], train=True, mutable=["batch_stats"])
+    logits, auxiliary = output if isinstance(output, tuple) else (output, {})
+    loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
+    for head in auxiliary.values():
+        loss += auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
+    return loss, (logits, updates["batch_stats"])
+
+
+def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state where a step is finite, else the old one."""
+    # Counts go on, also the optimizer's, so that the learning rate ends where its schedule does.
+    return jax.tree.map(
+        lambda update, kept: jnp.where(finite, update, kept) if jnp.issubdtype(kept.dtype, jnp.inexact) else update,
+        new,
+        old,
+    )
