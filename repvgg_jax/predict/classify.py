@@ -27,7 +27,6 @@ class Prediction(NamedTuple):
     """What a network sees in one image.
 
     Attributes:
-      path: of the image.
       classes: `(name, probability)`, the likeliest first.
       error: why there are no classes, without the path; or None.
     """

@@ -42,7 +42,6 @@ class Steps:
 
     Attributes:
       state: after the last step that was made.
-      numbers: as given.
     """
 
     def __init__(

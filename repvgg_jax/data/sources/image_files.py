@@ -22,7 +22,6 @@ class LeftOut(NamedTuple):
 
     Attributes:
       kind: e.g. '.tif', 'broken link'.
-      path: of it.
     """
 
     kind: str

@@ -34,7 +34,6 @@ class Weights:
     It unpacks to `(model, variables)`, as `fuse_model` takes them.
 
     Attributes:
-      model: the network.
       variables: `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form.
       source: which weights of the file they are, in words: "the weights under 'ema', an average; there are others
         under 'model'".

@@ -29,7 +29,6 @@ class Restored(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-      state: the train state.
       data_state: of the data iterator.
       epoch_metrics: of the steps of the unfinished epoch, in order; empty after a whole one.
       damaged: steps of newer checkpoints that could not be read.

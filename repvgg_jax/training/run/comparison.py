@@ -48,8 +48,6 @@ class Comparison:
     """The two forms on the whole test split.
 
     Attributes:
-      training: the training form.
-      deploy: the deploy form.
       agreement: of their logits.
       labels: `(records,)` true classes.
       predictions: `(records,)` classes the deploy form predicts.

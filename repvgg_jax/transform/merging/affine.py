@@ -54,8 +54,6 @@ class ConvolvedApart:
     """Another way to compute a term, for as long as it stands alone: as a convolution of a value in between.
 
     Attributes:
-      between: the value.
-      convolution: of it.
       cost: multiply-adds for one pixel of the result.
     """
 
@@ -73,7 +71,6 @@ class PooledApart:
     """Likewise, as a sum over windows of a value in between.
 
     Attributes:
-      between: the value.
       equation: the sum over windows.
       scale: of each channel of the sum, or None.
       cost: multiply-adds for one pixel of the result.
