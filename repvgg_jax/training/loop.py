@@ -27,7 +27,7 @@ from repvgg_jax.training.progress import ProgressBar, epoch_line, print_header
 from repvgg_jax.training.run.checkpoints import Checkpoints, EpochMetrics
 from repvgg_jax.training.run.claim import claim, only_run_in
 from repvgg_jax.training.run.comparison import Comparison
-from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.data_record import DataRecord, TrainingData
 from repvgg_jax.training.run.directory import evaluation_batches, finish, open_data
 from repvgg_jax.training.run.metrics_log import MetricsLog
 from repvgg_jax.training.run.paths import run_directory
@@ -83,19 +83,19 @@ def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> 
     workdir = run_directory(workdir)
     mesh = create_mesh()
     require_divisible(config, mesh, "batch_size", "eval_batch_size")
-    dataset, normalization = open_data(config)
+    data = open_data(config)
+    dataset = data.dataset
     if len(dataset.train) < config.optimization.batch_size:
         raise ValueError(
             f"batch_size is {config.optimization.batch_size}: expected at most {len(dataset.train)}, the images in the "
             f"training split of {config.data.dataset}"
         )
     require_same_network(config, dataset.channels)
-    record = DataRecord.of(dataset, normalization)
     with contextlib.ExitStack() as held:
-        on_primary(partial(_take, workdir, config, record, held))
+        on_primary(partial(_take, workdir, config, DataRecord.of(data), held))
         with Checkpoints(workdir, keep=config.checkpoints.keep_checkpoints) as checkpoints:
-            model, state, history = train(config, dataset, normalization, mesh, workdir, checkpoints)
-        comparison = finish(workdir, config, dataset, normalization, model, state.eval_variables, mesh)
+            model, state, history = train(config, data, mesh, workdir, checkpoints)
+        comparison = finish(workdir, config, data, model, state.eval_variables, mesh)
     return Result(workdir, state, comparison, history)
 
 
@@ -105,12 +105,7 @@ def _take(workdir: Path, config: TrainConfig, record: DataRecord, held: contextl
 
 
 def train(
-    config: TrainConfig,
-    dataset: ImageDataset,
-    normalization: Normalization,
-    mesh: Mesh,
-    workdir: Path,
-    checkpoints: Checkpoints,
+    config: TrainConfig, data: TrainingData, mesh: Mesh, workdir: Path, checkpoints: Checkpoints
 ) -> tuple[RepVGG, TrainState, list[dict[str, float]]]:
     """Train from the newest checkpoint, or from the start, to the last epoch.
 
@@ -118,11 +113,10 @@ def train(
       The model in its training form, the train state, and a line of metrics for each epoch.
     """
     # Network, optimizer, data.
+    dataset, normalization = data
     total_epochs, batch_size = config.optimization.epochs, config.optimization.batch_size
     steps_per_epoch = len(dataset.train) // batch_size
-    model = config.network.create_model(dataset.num_classes)
-    optimizer = create_optimizer(config.optimization, steps_per_epoch, frozen=config.network.frozen)
-    setting = Setting(model, optimizer, config, dataset.channels, mesh)
+    setting = _setting(config, dataset, mesh, steps_per_epoch)
     iterator = _training_batches(config, dataset)
     batches = (shard_batch(batch, mesh) for batch in iterator)
 
@@ -135,7 +129,7 @@ def train(
     # Compile, so that images/s measures training alone.
     start = time.perf_counter()
     train_steps = _compile(setting, normalization, epochs, steps_per_epoch)
-    eval_step = make_eval_step(model, normalization, mesh)
+    eval_step = make_eval_step(setting.model, normalization, mesh)
     seconds = time.perf_counter() - start
     print_header(config, dataset, workdir, done=done, steps_per_epoch=steps_per_epoch, compiled_in=seconds)
 
@@ -154,13 +148,10 @@ def train(
             steps = Steps(train_steps[config.at_epoch(epoch)], state, batches, numbers, interruption)
             watch(steps, epoch, steps_per_epoch, check, bar)
             state, epoch_metrics = steps.state, earlier + steps.metrics()
-            train_seconds = time.perf_counter() - start
+            images_per_second = len(numbers) * batch_size / (time.perf_counter() - start)
             if len(epoch_metrics) < steps_per_epoch:
-                check.require(float(optax.tree.norm(state.eval_variables)), f"step {state.step}")
-                checkpoints.save(state, iterator.get_state(), epoch_metrics=epoch_metrics)
-                checkpoints.wait()
+                _save_unfinished(state, iterator, epoch_metrics, check, checkpoints)
                 raise _stopped(interruption, state, total_epochs * steps_per_epoch, workdir)
-            images_per_second = len(numbers) * batch_size / train_seconds
             earlier, summary = [], summarize_epoch(epoch_metrics)
             check.require(summary["loss"], f"epoch {epoch}")
             test = evaluate(eval_step, state.eval_variables, evaluation_batches(config.data, dataset), mesh)
@@ -175,7 +166,13 @@ def train(
                 checkpoints.save(state, iterator.get_state(), accuracy=test.metrics["accuracy"])
                 check.saved_step = int(state.step)
         checkpoints.wait()
-    return model, state, log.history
+    return setting.model, state, log.history
+
+
+def _setting(config: TrainConfig, dataset: ImageDataset, mesh: Mesh, steps_per_epoch: int) -> Setting:
+    model = config.network.create_model(dataset.num_classes)
+    optimizer = create_optimizer(config.optimization, steps_per_epoch, frozen=config.network.frozen)
+    return Setting(model, optimizer, config, dataset.channels, mesh)
 
 
 def _training_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
@@ -231,6 +228,15 @@ def _compile(
         .compile()
         for each in dict.fromkeys(map(config.at_epoch, epochs))
     }
+
+
+def _save_unfinished(
+    state: TrainState, iterator: Any, epoch_metrics: EpochMetrics, check: FiniteCheck, checkpoints: Checkpoints
+) -> None:
+    """Save a run within an epoch, unless the last update broke its network."""
+    check.require(float(optax.tree.norm(state.eval_variables)), f"step {state.step}")
+    checkpoints.save(state, iterator.get_state(), epoch_metrics=epoch_metrics)
+    checkpoints.wait()
 
 
 def _stopped(interruption: Interruption, state: TrainState, total: int, workdir: Path) -> BaseException:

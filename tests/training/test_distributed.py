@@ -19,7 +19,7 @@ from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.training import TrainConfig, distributed, loop, train_and_evaluate
 from repvgg_jax.training.distributed import on_primary
 from repvgg_jax.training.run import directory
-from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.data_record import DataRecord, TrainingData
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.steps.mesh import create_mesh
 from tests.cli.test_commands import FINISHED as TINY
@@ -145,7 +145,7 @@ def test_a_process_that_is_not_the_first_neither_tells_nor_writes_the_end_of_a_r
         table, check = (lambda _: "the table"), (lambda _: None)
 
     monkeypatch.setattr(directory, "fuse_and_compare", lambda *_: (None, None, Alike()))
-    arguments = (tmp_path, None, None, None, None, None, None)
+    arguments = (tmp_path, None, (None, None), None, None, None)
     directory.finish(*arguments, check_only=True)
     assert "the table" in capfd.readouterr().out
     monkeypatch.setattr(directory, "is_primary", lambda: False)
@@ -200,7 +200,7 @@ def labels_read(config, dataset, monkeypatch):
     steps = len(dataset.train) // config.optimization.batch_size
     with monkeypatch.context() as patch, pytest.raises(ReadError) as noted:
         patch.setattr(loop, "train_iterator", note)
-        loop.train(config, dataset, config.data.normalization, create_mesh(), None, None)
+        loop.train(config, TrainingData(dataset, config.data.normalization), create_mesh(), None, None)
     source, arguments = noted.value.args
     iterator = train_iterator(source, **arguments)
     training = [next(iterator)["label"].tolist() for _ in range(steps)]

@@ -16,6 +16,7 @@ from repvgg_jax.training.evaluation import evaluate
 from repvgg_jax.training.preemption import Interruption, TerminatedError
 from repvgg_jax.training.progress import epoch_line
 from repvgg_jax.training.run.checkpoints import Restored
+from repvgg_jax.training.run.data_record import TrainingData
 from repvgg_jax.training.run.directory import evaluation_batches
 from repvgg_jax.training.run.plots import Pictures
 from repvgg_jax.training.steps.eval_step import make_eval_step
@@ -110,9 +111,8 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(Pictures, "draw", lambda *_: None)
         checkpoints = Saved(restored)
         start.saved = checkpoints.saved
-        _, state, history = loop.train(
-            config, dataset(), NORMALIZATION, create_mesh(jax.devices()[:1]), tmp_path, checkpoints
-        )
+        data = TrainingData(dataset(), NORMALIZATION)
+        _, state, history = loop.train(config, data, create_mesh(jax.devices()[:1]), tmp_path, checkpoints)
         return state, history, checkpoints.saved
 
     return start

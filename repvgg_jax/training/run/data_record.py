@@ -12,6 +12,13 @@ from repvgg_jax.files import write_whole
 from repvgg_jax.preprocess import Normalization, require_normalization
 
 
+class TrainingData(NamedTuple):
+    """A data set, and how its images are normalised."""
+
+    dataset: ImageDataset
+    normalization: Normalization
+
+
 class DataRecord(NamedTuple):
     """What a run is about."""
 
@@ -23,8 +30,9 @@ class DataRecord(NamedTuple):
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, dataset: ImageDataset, normalization: Normalization) -> DataRecord:
-        """The record of a data set, and of how its images are normalised."""
+    def of(cls, data: TrainingData) -> DataRecord:
+        """The record of the data of a run."""
+        dataset, normalization = data
         return cls(len(dataset.train), len(dataset.test), dataset.channels, tuple(dataset.class_names), *normalization)
 
     @property

@@ -18,11 +18,10 @@ from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.safetensors import save_deploy
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
-from repvgg_jax.preprocess import Normalization
 from repvgg_jax.training.config import DataConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary
 from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
-from repvgg_jax.training.run.data_record import DataRecord
+from repvgg_jax.training.run.data_record import DataRecord, TrainingData
 from repvgg_jax.training.run.export import Format, describe, export_deploy, require_export
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.paths import run_directory
@@ -36,7 +35,7 @@ class DataMissingError(FileNotFoundError):
     """A run is whole, but the images it was trained on are not at hand."""
 
 
-def open_data(config: TrainConfig) -> tuple[ImageDataset, Normalization]:
+def open_data(config: TrainConfig) -> TrainingData:
     """Open a config's data set, and find how its images are normalised.
 
     As the config says; else as the run to start from; else by mean and standard deviation of the training split.
@@ -57,7 +56,7 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, Normalization]:
             f"mean is {mean} and std {std}: expected {dataset.channels} values each, one for each "
             f"channel of {config.data.dataset}"
         )
-    return dataset, normalization
+    return TrainingData(dataset, normalization)
 
 
 def _open_dataset(config: TrainConfig) -> ImageDataset:
@@ -82,8 +81,7 @@ def evaluation_batches(config: DataConfig, dataset: ImageDataset) -> Any:
 def finish(
     workdir: Path,
     config: TrainConfig,
-    dataset: ImageDataset,
-    normalization: Normalization,
+    data: TrainingData,
     model: RepVGG,
     variables: dict[str, Any],
     mesh: Mesh,
@@ -95,8 +93,7 @@ def finish(
     Args:
       workdir: the run directory.
       config: of the run.
-      dataset: of the run.
-      normalization: of its images.
+      data: of the run.
       model: in its training form.
       variables: of the training form.
       mesh: of the run.
@@ -109,6 +106,7 @@ def finish(
       ValueError: the forms are not the same function; nothing is written.
       OSError: the weights or the report could not be written; what is whole is named.
     """
+    dataset, normalization = data
     deploy_model, deploy_variables, comparison = fuse_and_compare(
         model, variables, lambda: evaluation_batches(config.data, dataset), normalization, mesh
     )
@@ -182,12 +180,10 @@ def fuse_run(
         dataset = _open_dataset(config)
     except OSError as error:
         raise DataMissingError(f"the data set of {workdir} is not at hand: {error}") from error
-    normalization = DataRecord.load(workdir).normalization
-    DataRecord.of(dataset, normalization).require(workdir)
+    data = TrainingData(dataset, DataRecord.load(workdir).normalization)
+    DataRecord.of(data).require(workdir)
     model, state = restore(workdir, mesh)
-    comparison = finish(
-        workdir, config, dataset, normalization, model, state.eval_variables, mesh, check_only=check_only
-    )
+    comparison = finish(workdir, config, data, model, state.eval_variables, mesh, check_only=check_only)
     if not export:
         return comparison
     batches = partial(evaluation_batches, config.data, dataset)
