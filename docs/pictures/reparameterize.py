@@ -1,4 +1,4 @@
-"""Draws reparameterize.png, the picture in docs/concepts/reading-a-program.md: `python docs/pictures/reparameterize.py`."""
+"""Draws reparameterize.png, of docs/concepts/reading-a-program.md: `python docs/pictures/reparameterize.py`."""
 
 from pathlib import Path
 
