@@ -90,6 +90,8 @@ def conv_general_dilated(
         and batch_group_count == 1
         and all(step == 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and tuple(lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers))[:3] == _NHWC_HWIO
+        # A symbolic size stands for all sizes at once, and no lowering is the fastest for all.
+        and all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
     ):
         return xla()
     jax.eval_shape(xla)  # the same errors for wrong shapes

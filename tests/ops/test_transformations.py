@@ -132,6 +132,19 @@ def test_eval_shape_eager_calls_and_an_export_for_cpu_and_cuda_agree(case):
     assert_close(exported.call(x, kernel), expected)
 
 
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("sizes", ["n", "n, h, w"])
+@cases
+def test_an_export_of_symbolic_sizes_serves_them_all(case, sizes):
+    x, kernel = arrays(case)
+    symbolic = jax.export.symbolic_shape(sizes)
+    shape = (*symbolic, *x.shape[len(symbolic) :])
+    convolve = jax.jit(lambda x: ours(x, kernel, *case[2:]))
+    exported = jax.export.export(convolve)(jax.ShapeDtypeStruct(shape, x.dtype))
+    for images in (x, x[:3]):
+        assert_close(exported.call(images), plain(images, kernel, *case[2:]))
+
+
 @cases
 def test_a_sharded_batch_gives_what_one_device_gives(case):
     """Batch over 8 devices, parameters replicated; gradients and statistics are those of the whole batch."""
