@@ -1,4 +1,9 @@
-"""RepVGG in JAX/Flax: train three branches, infer one 3×3 convolution, exactly."""
+"""RepVGG in JAX and Flax: a block trains with three parallel branches and infers as one 3×3 convolution.
+
+`create_model` builds a network and `fuse_model` turns its training form into its deploy form. `fuse` and `fuse_with` do
+the same to a tree of variables, and `reparameterize` merges the convolutions of any traced function. Each name is
+imported when it is first used.
+"""
 
 from __future__ import annotations
 

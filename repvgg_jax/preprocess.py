@@ -17,19 +17,24 @@ LARGEST_SIDE = 8192
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation of pixels in units of [0, 1], one value of each a channel."""
+    """The mean and the standard deviation of each channel, for pixels in [0, 1].
+
+    Attributes:
+      mean: One mean for each channel.
+      std: One standard deviation for each channel.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Number of channels of the images."""
         return len(self.mean)
 
 
 def require_normalization(normalization: Normalization, channels: int) -> None:
-    """Raise a ValueError unless images of so many channels are finite in float32 when they are normalised."""
+    """Raise a ValueError unless images of so many channels stay finite in float32 when they are normalised."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {shown(channels)}: expected 1 (gray) or 3 (RGB)")
     for name, values in normalization._asdict().items():
@@ -44,21 +49,21 @@ def require_normalization(normalization: Normalization, channels: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the network's input, and what its outputs are called.
+    """The way from an image to the input of a network, and the names of the network's outputs.
 
     Attributes:
-      image_size: side length in pixels of the square input.
-      channels: 1 (gray) or 3 (RGB).
-      mean: channel means in [0, 1] units.
-      std: channel standard deviations in [0, 1] units, positive.
-      eval_resize: the shorter side is resized to this before the centre crop, at least `image_size`; None resizes to
-        `image_size`.
-      class_names: one name for each logit. Any text, as folders are called: print it with
+      image_size: Side length of the square input in pixels.
+      channels: 1 for gray images, 3 for RGB.
+      mean: Means of the channels, for pixels in [0, 1].
+      std: Standard deviations of the channels, for pixels in [0, 1]; positive.
+      eval_resize: Length in pixels to which the shorter side is resized before the centre is cropped, at least
+        `image_size`. None stands for `image_size`.
+      class_names: One name for each logit. A name may be any text, since folders may have any name: print it with
         `repvgg_jax.terminal.printable`.
-      interpolation: of the resizing.
+      interpolation: How images are resized, "bilinear" or "bicubic".
 
     Raises:
-      ValueError: a field is of another type or out of range; the message names it.
+      ValueError: If a field is of another type or out of range. The message names it.
     """
 
     image_size: int
@@ -82,19 +87,24 @@ class Preprocess:
 
 
 def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224, gray: bool = False) -> Preprocess:
-    """The preprocessing that the published weights were evaluated with (RepVGG, section 4.1; official `utils.py`).
+    """Return the preprocessing that the published weights were evaluated with.
 
     Args:
-      class_names: one name for each logit.
-      image_size: side length in pixels; the shorter side is resized to 8/7 of it first, 256 for 224.
-      gray: of gray images, which no weights were published for: mean and standard deviation are then the averages of
-        the three channels'.
+      class_names: One name for each logit.
+      image_size: Side length of the input in pixels. The shorter side is resized to 8/7 of it before the crop: 256 for
+        224.
+      gray: Whether images are gray. Mean and standard deviation are then the averages over ImageNet's three channels,
+        since there are no published weights for gray images.
 
     Returns:
-      The preprocessing of RGB or gray images, with ImageNet's mean and standard deviation.
+      The preprocessing, with ImageNet's mean and standard deviation.
 
     Raises:
-      ValueError: as `Preprocess`.
+      ValueError: If `Preprocess` refuses a value.
+
+    References:
+      RepVGG, section 4.1, https://arxiv.org/abs/2101.03697; the official implementation,
+      https://github.com/DingXiaoH/RepVGG, `utils.py`.
     """
     return Preprocess(
         image_size=image_size,
@@ -109,19 +119,19 @@ def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224, gr
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Compute `(images / 255 - mean) / std` in float32, and cast the result.
+    """Compute `(images / 255 - mean) / std` in float32 and cast the result.
 
     Args:
-      images: `(…, C)`, values in 0..255.
-      mean: C floats in units of [0, 1].
-      std: C floats in units of [0, 1].
-      dtype: of the result.
+      images: `(…, channels)`, values in 0..255.
+      mean: One mean for each channel, in units of [0, 1].
+      std: One standard deviation for each channel, in units of [0, 1].
+      dtype: Dtype of the result.
 
     Returns:
-      `(…, C)`.
+      The normalised images, `(…, channels)`.
 
     Raises:
-      ValueError: `mean` or `std` do not have one value per channel.
+      ValueError: If `mean` or `std` do not have one value for each channel.
     """
     channels = images.shape[-1]
     for name, values in (("mean", mean), ("std", std)):

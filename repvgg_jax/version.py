@@ -1,3 +1,3 @@
-"""The version, also of what `pip install` shows."""
+"""The version of the package, which `pip` shows too."""
 
 VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""RepVGG as flax.linen modules, in training form and deploy form, and the table of published networks."""
+"""RepVGG as Flax modules, in training form and deploy form, and the table of the published networks."""
 
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite, layers
 from repvgg_jax.models.forms import fuse_model, reopen_model

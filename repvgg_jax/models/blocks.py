@@ -26,15 +26,21 @@ def layers(
     param_dtype: Any = jnp.float32,
     ops: Operations = "auto",
 ) -> dict[str, Any]:
-    """The layers that a block is made of, all of one kind: `RepVGGBlock(8, **layers(dtype=jnp.bfloat16))`.
+    """Return the constructors of a block's layers, all with the same settings.
+
+    They are arguments of the modules here, e.g. `RepVGGBlock(8, **layers(dtype=jnp.bfloat16))`.
 
     Args:
-      epsilon: of the batch norms.
-      momentum: of the running statistics: new = momentum · old + (1 − momentum) · batch (PyTorch's 0.1 is 0.9).
-      dtype: of the computation; None computes in the dtype of images and parameters. Statistics are taken in at
-        least float32.
-      param_dtype: of parameters and statistics.
-      ops: which lowerings compute it, see `RepVGG`.
+      epsilon: The epsilon of the batch norms.
+      momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch. PyTorch's 0.1 is 0.9
+        here.
+      dtype: Dtype of the computation. None computes in the dtype of images and parameters. Statistics are computed in
+        at least float32.
+      param_dtype: Dtype of the parameters. Statistics have it too, but are at least float32.
+      ops: The operations that the layers compute by, see `RepVGG`.
+
+    Returns:
+      The constructors by name: 'conv', 'norm' and 'dense'.
     """
     dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     return {
@@ -45,12 +51,14 @@ def layers(
 
 
 class ConvBN(nn.Module):
-    """A convolution without bias, then batch norm.
+    """A convolution without bias, followed by a batch norm.
 
     Attributes:
-      features: output channels.
-      kernel_size: odd side length of the square kernel; the input is padded by half of it on every side.
-      conv, norm: make its layers, see `layers`.
+      features: Number of output channels.
+      kernel_size: Odd side length of the square kernel. The input is padded by half of it, times the dilation, on every
+        side.
+      conv: Constructor of the convolution, see `layers`.
+      norm: Constructor of the batch norm, see `layers`.
     """
 
     features: int
@@ -72,23 +80,23 @@ class ConvBN(nn.Module):
 def whole(x: jax.Array) -> jax.Array:
     """Return `x`, computed before any sum over it.
 
-    In jaxlib 0.10.2 to 0.12.0 XLA:CPU gives `relu(x).sum()` to YNNPACK as one, for which `max(nan, 0)` is 0: a network
-    that is broken would answer as if it were not.
+    In jaxlib 0.10.2 to 0.12.0, XLA:CPU gives `relu(x).sum()` to YNNPACK as one operation, for which `max(nan, 0)` is 0.
+    A network that is broken would answer as if it were not.
     """
     return jax.lax.optimization_barrier(x)
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:
-    """The mean over height and width, in at least float32."""
+    """Return the mean over height and width, in at least float32."""
     return whole(x).mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 class SqueezeExcite(nn.Module):
-    """Scale each channel by a sigmoid gate computed from the channel means.
+    """A unit that scales each channel by a sigmoid gate, which it computes from the means of all channels.
 
     Attributes:
-      reduced_features: width of the bottleneck.
-      dense: makes its layers, see `layers`.
+      reduced_features: Width of the bottleneck.
+      dense: Constructor of the dense layers, see `layers`.
 
     References:
       Hu et al., *Squeeze-and-Excitation Networks*, CVPR 2018, arXiv:1709.01507, section 3.
@@ -99,7 +107,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `(batch, height, width, channels)` to the same shape."""
+        """Scale the channels of `(batch, height, width, channels)`."""
         gate = whole(x).mean(axis=(1, 2))
         gate = nn.relu(self.dense(self.reduced_features, name="down")(gate))
         gate = nn.sigmoid(self.dense(x.shape[-1], name="up")(gate))
@@ -107,18 +115,24 @@ class SqueezeExcite(nn.Module):
 
 
 class RepVGGBlock(nn.Module):
-    """One block: 3×3 + 1×1 + identity branches in the training form, one 3×3 convolution in the deploy form.
+    """A block of RepVGG, in its training form or its deploy form.
+
+    The training form sums a 3×3 branch, a 1×1 branch and, where it exists, an identity branch, each with a batch norm.
+    The deploy form is one 3×3 convolution. A ReLU follows in both.
 
     Attributes:
-      features: output channels.
-      stride: 1 or 2. The identity branch exists where the stride is 1 and the channels stay the same.
-      dilation: of the 3×3 convolution.
-      groups: of the 3×3 and the 1×1 convolution.
-      squeeze_excite: None, or the place of the squeeze-excite unit: before the ReLU (RepVGG-D2se) or after it
-        (RepVGGplus).
+      features: Number of output channels.
+      stride: Stride, 1 or 2. The identity branch exists where the stride is 1 and the number of channels stays the
+        same.
+      dilation: Dilation of the 3×3 convolution.
+      groups: Groups of the 3×3 and the 1×1 convolution.
+      squeeze_excite: Place of the squeeze-excite unit, "before_relu" (RepVGG-D2se) or "after_relu" (RepVGGplus), or
+        None for no unit.
       squeeze_excite_reduction: `features` over the width of the unit's bottleneck.
-      deploy: which form.
-      conv, norm, dense: make its layers, see `layers`.
+      deploy: Whether the block is in its deploy form.
+      conv: Constructor of the convolutions, see `layers`.
+      norm: Constructor of the batch norms, see `layers`.
+      dense: Constructor of the dense layers, see `layers`.
 
     References:
       RepVGG, section 3.2 and figure 4, https://arxiv.org/abs/2101.03697
@@ -157,11 +171,15 @@ class RepVGGBlock(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A classifier on an inner stage, for training only: 3×3 stride-2 ConvBN, ReLU, mean, dense.
+    """A classifier on an inner stage, for training only.
+
+    It consists of a 3×3 convolution of stride 2 with a batch norm, a ReLU, the mean over all pixels, and a dense layer.
 
     Attributes:
-      num_classes: width of the logits, which are in at least float32.
-      conv, norm, dense: make its layers, see `layers`.
+      num_classes: Number of classes, the width of the logits. The logits are in at least float32.
+      conv: Constructor of the convolution, see `layers`.
+      norm: Constructor of the batch norm, see `layers`.
+      dense: Constructor of the dense layer, see `layers`.
     """
 
     num_classes: int

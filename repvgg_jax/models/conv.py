@@ -1,4 +1,4 @@
-"""Convolution with a square kernel, by the lowerings of `repvgg_jax.ops` or by XLA's own."""
+"""Convolution with a square kernel, computed by the lowerings of `repvgg_jax.ops` or by XLA's own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Conv(nn.Module):
-    """A convolution with a square kernel; the variables are those of `flax.linen.Conv`.
+    """A convolution with a square kernel. The variables are those of `flax.linen.Conv`.
 
     Attributes:
-      features: output channels.
-      kernel_size: odd side length of the kernel; the input is padded by half of it on every side.
-      dtype: of the computation; None computes in the dtype of images and parameters.
-      ops: "auto" takes `repvgg_jax.ops.conv_general_dilated`, "xla" XLA's own convolution.
+      features: Number of output channels.
+      kernel_size: Odd side length of the kernel. The input is padded so that windows are centred on its pixels: by half
+        of the kernel, times the dilation, on every side.
+      use_bias: Whether to add a bias.
+      dtype: Dtype of the computation. None computes in the dtype of images and parameters.
+      ops: "auto" computes by `repvgg_jax.ops.conv_general_dilated`, "xla" by XLA's own convolution.
     """
 
     features: int

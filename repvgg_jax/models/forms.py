@@ -1,4 +1,4 @@
-"""From the training form of a network to its deploy form, and back to one that can be trained on."""
+"""The way from the training form of a network to its deploy form, and back to one that can be trained."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Variables = TypeVar("Variables", bound=Mapping[str, Any])
 
 
 def fuse_model(model: RepVGG, variables: Variables) -> tuple[RepVGG, Variables]:
-    """Fuse a model and its variables; epsilon is read from the model.
+    """Fuse a model and its variables. The epsilon of the batch norms is read from the model.
 
     Args:
-      model: in its training form.
-      variables: of that model, `{'params', 'batch_stats'}`.
+      model: The network in its training form.
+      variables: Its variables, `{'params', 'batch_stats'}`.
 
     Returns:
       The model in its deploy form and its variables, ready for `apply`.
 
     Raises:
-      ValueError: the model is in its deploy form already, or as `fuse`.
+      ValueError: If the model is in its deploy form already, or `fuse` raises one.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,24 +45,25 @@ def fuse_model(model: RepVGG, variables: Variables) -> tuple[RepVGG, Variables]:
 def reopen_model(
     model: RepVGG, variables: Mapping[str, Any], images: jax.Array, *, key: jax.Array
 ) -> tuple[RepVGG, Tree]:
-    """Turn a deploy form into a training form that computes the same.
+    """Turn a deploy form into a training form that computes the same function.
 
-    What the branches were before they were fused is lost. Here the 3×3 branch gets the fused kernel, and a batch norm
-    that changes nothing: its statistics are those of `images`, its scale and bias undo them. It therefore stays the
-    same function both with running statistics and, on these images, with those of the batch. The other branches
-    begin with scale 0; training gives them their share. `fuse_model` leads back. Auxiliary heads are new.
+    What the branches were before they were fused is lost. The 3×3 branch gets the fused kernel and a batch norm that
+    changes nothing: its statistics are those of `images`, and its scale and bias undo them. The network is therefore
+    the same function both with running statistics and, on these images, with those of the batch. The norms of the other
+    branches begin with scale 0, and training gives them their share. Auxiliary heads are new. `fuse_model` leads back
+    to the deploy form.
 
     Args:
-      model: in its deploy form.
-      variables: of that model, `{'params'}`.
+      model: The network in its deploy form.
+      variables: Its variables, `{'params'}`.
       images: `(batch, height, width, channels)`, normalised: a batch such as training will see.
-      key: of the kernels of the 1×1 branches, and of auxiliary heads.
+      key: Random key for the kernels of the 1×1 branches and for auxiliary heads.
 
     Returns:
       The model in its training form and its variables, `{'params', 'batch_stats'}`.
 
     Raises:
-      ValueError: the model is in its training form.
+      ValueError: If the model is in its training form.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,13 +99,13 @@ def reopen_model(
 
 
 def require_deploy_form(model: RepVGG) -> None:
-    """Raise a ValueError where a model is in its training form."""
+    """Raise a ValueError if a model is in its training form."""
     if not model.deploy:
         raise ValueError("the model is in its training form: fuse first, fuse_model(model, variables)")
 
 
 def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
-    """The branches of one block, and their statistics; `output` is what the fused convolution computes."""
+    """Return the branches of one block and their statistics; `output` is what the fused convolution computes."""
     dtype = fused["kernel"].dtype
     output = output.astype(jnp.promote_types(dtype, jnp.float32))
     mean, var = output.mean((0, 1, 2)) - fused["bias"], output.var((0, 1, 2))

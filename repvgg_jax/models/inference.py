@@ -1,4 +1,4 @@
-"""Compile a network for inference: everything that depends on the weights alone is computed once, ahead of time."""
+"""Compilation of a network for inference: what depends on the weights alone is computed once, ahead of time."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def compile_inference(
 ) -> Callable[[jax.Array], jax.Array]:
     """Compile `model.apply(variables, images, train=False)` for one shape of images, with the weights inside.
 
-    Casts, transforms and transpositions of kernels happen here, once, not in every call; on CUDA the whole network is
-    one graph launch. The result is that of `model.apply` up to rounding.
+    Casts, transforms and transpositions of kernels are computed here, once, and not in every call. On CUDA the whole
+    network is one graph launch. The result is that of `model.apply` up to rounding.
 
     Args:
-      model: usually in its deploy form; its `dtype` is that of the computation.
-      variables: of the model. Later changes to them are not seen.
-      images: `(batch, height, width, channels)`, floating point; only shape and dtype matter. Images of the compute
+      model: The network, usually in its deploy form. Its `dtype` is the dtype of the computation.
+      variables: The variables of the model. Later changes to them have no effect.
+      images: `(batch, height, width, channels)`, floating point. Only shape and dtype matter. Images of the compute
         dtype spare a cast.
-      device: where to run; JAX's default device where not given.
+      device: The device to run on. By default it is the first local device of JAX.
 
     Returns:
-      A function from images of that shape and dtype to logits. It has been compiled already, and does not trace,
-      so it cannot stand inside another transformation.
+      A function from images of that shape and dtype to logits. It has been compiled already and does not trace, so it
+      cannot be used inside another transformation.
 
     Raises:
-      TypeError: the returned function was given images of another shape or dtype.
+      TypeError: If the returned function is called with images of another shape or dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -13,18 +13,20 @@ from repvgg_jax.ops import batch_norm_train
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last; the variables are those of `flax.linen.BatchNorm`.
+    """Batch norm over all axes but the last. The variables are those of `flax.linen.BatchNorm`.
 
-    Unlike Flax's, running statistics are float64 where `param_dtype` is, so that float64 proofs stay float64.
-    Under `jit` on a sharded batch the statistics are those of the global batch.
+    Unlike in Flax's module, running statistics are float64 where `param_dtype` is, so that proofs in float64 stay in
+    float64. Under `jit` on a sharded batch the statistics are those of the global batch.
 
     Attributes:
-      use_running_average: normalise by the running statistics instead of the batch's.
-      momentum: new = momentum · old + (1 − momentum) · batch; the batch's variance is the biased one.
-      epsilon: added to the variance.
-      dtype: of the output; None for the dtype of input and parameters.
-      param_dtype: of scale and bias; statistics have it too, but at least float32.
-      ops: "auto" takes `repvgg_jax.ops.batch_norm_train` for images in training, "xla" plain arithmetic.
+      use_running_average: Whether to normalise by the running statistics instead of the batch's.
+      momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch. The batch's variance
+        is the biased one.
+      epsilon: Added to the variance.
+      dtype: Dtype of the output. None takes the common dtype of input and parameters.
+      param_dtype: Dtype of scale and bias. Statistics have it too, but are at least float32.
+      ops: "auto" computes images in training by `repvgg_jax.ops.batch_norm_train`, "xla" everything by plain
+        arithmetic.
 
     References:
       Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.
@@ -39,7 +41,10 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise `(…, channels)`."""
+        """Normalise `(…, channels)`.
+
+        In training, the running statistics move towards those of the batch, except while the module is initialised.
+        """
         shape = (x.shape[-1],)
         stats_dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
@@ -71,5 +76,5 @@ class BatchNorm(nn.Module):
 
 
 def _along_channels(vector: jax.Array, rank: int) -> jax.Array:
-    """In the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for."""
+    """Give a vector the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for."""
     return jnp.expand_dims(vector, range(rank - 1))

@@ -1,4 +1,4 @@
-"""Cut a traced program in two: what the weights alone determine, and the rest."""
+"""A traced program cut in two: what the weights alone determine, and the rest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 
 def split(traced: ClosedJaxpr) -> tuple[Callable[..., list[Any]], Callable[..., Any]]:
-    """Split a program after what all its arguments but the last determine.
+    """Split a program of one result after what all its arguments but the last determine.
 
     Returns:
-      `prepare(*arguments) -> prepared` and `run(prepared, last) -> result`, for a program of one result.
+      The functions `prepare(*arguments) -> prepared` and `run(prepared, last) -> result`.
     """
     jaxpr = traced.jaxpr
     *weights, images = jaxpr.invars

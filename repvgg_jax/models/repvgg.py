@@ -1,4 +1,4 @@
-"""The network: stem, stage1…stage4, head."""
+"""The RepVGG network: stem, stage 1 to 4, head."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from repvgg_jax.models.conv import Operations
 from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
+"""The names of the parts of a network before its head, in the order of computation."""
 
 
 class BlockSetting(NamedTuple):
-    """What sets one block apart.
+    """The settings of one block of a network.
 
     Attributes:
-      name: in the tree of variables.
-      part: one of `PARTS`.
-      last: whether its part ends with it.
-      auxiliary: the auxiliary head that stands on it, by its name in the tree of variables, if there is one.
+      name: Name of the block in the tree of variables.
+      part: Part of the network that the block belongs to, one of `PARTS`.
+      last: Whether the block is the last of its part.
+      auxiliary: Name of the auxiliary head on the block in the tree of variables, or None where the block has none.
+      features: Number of output channels.
+      stride: Stride of the block.
+      dilation: Dilation of the 3×3 convolution.
+      groups: Groups of the convolutions.
     """
 
     name: str
@@ -37,33 +42,41 @@ class BlockSetting(NamedTuple):
 
 
 class RepVGG(nn.Module):
-    """RepVGG in its training form, or with `deploy=True` the plain stack of 3×3 convolutions.
+    """A RepVGG network in its training form or, with `deploy=True`, in its deploy form.
 
-    `create_model` builds the published variants.
+    The training form has three branches in a block. The deploy form is a plain stack of 3×3 convolutions.
+    `create_model` builds the published networks.
 
     Attributes:
-      num_classes: width of the head.
-      depths: blocks in stage1…stage4.
-      width_multiplier: of the channels 64, 128, 256, 512 of stage1…stage4; the stem has min(64, stage1).
-      strides: of the stem and of the first block of stage1…stage4.
-      dilations: of the stem and of stage1…stage4; the first block of a stage still has that of the stage before.
-      groups: of every second block, counted from the stem, which is not grouped.
-      squeeze_excite: None, "before_relu" (RepVGG-D2se) or "after_relu" (RepVGGplus), in every block.
-      squeeze_excite_reduction: channels over the width of the squeeze-excite bottleneck.
-      auxiliary_heads: three classifiers on inner stages in training (RepVGGplus); never in the deploy form.
-      deploy: which form.
-      epsilon: of the batch norms.
-      momentum: of the running statistics.
-      dtype: of the computation, e.g. `jnp.bfloat16`; logits stay in at least float32.
-      param_dtype: of parameters and statistics.
-      remat: recompute each block's activations in the backward pass instead of storing them.
-      frozen: the last of 'stem', 'stage1' … 'stage4' that is not trained: all up to it normalises by running
-        statistics and gets no gradient. None trains everything. Auxiliary heads are always trained.
-      ops: "auto" takes the lowerings of `repvgg_jax.ops` where they are faster (float32 on CPU), "xla" XLA's own
-        convolutions and plain arithmetic everywhere. Variables are the same.
+      num_classes: Number of classes, the width of the head.
+      depths: Numbers of blocks in stage 1 to 4.
+      width_multiplier: Factors on the channels 64, 128, 256, 512 of stage 1 to 4. The stem has as many channels as
+        stage 1, but at most 64.
+      strides: Strides of the stem and of the first block of stage 1 to 4, each 1 or 2.
+      dilations: Dilations of the stem and of stage 1 to 4. The first block of a stage still has the dilation of the
+        stage before.
+      groups: Groups of the convolutions of every second block: of those with an even number, where the stem has the
+        number 0 and is not grouped.
+      squeeze_excite: Place of the squeeze-excite unit in every block, "before_relu" (RepVGG-D2se) or "after_relu"
+        (RepVGGplus), or None for no unit.
+      squeeze_excite_reduction: Channels of a block over the width of the bottleneck of its squeeze-excite unit.
+      auxiliary_heads: Whether the training form has three classifiers on inner stages (RepVGGplus). The deploy form
+        never has them.
+      deploy: Whether the network is in its deploy form.
+      epsilon: The epsilon of the batch norms.
+      momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch.
+      dtype: Dtype of the computation, e.g. `jnp.bfloat16`. None computes in the dtype of images and parameters. Logits
+        are always at least float32.
+      param_dtype: Dtype of the parameters. Statistics have it too, but are at least float32.
+      remat: Whether to recompute the activations of each block in the backward pass instead of storing them.
+      frozen: Last part that is not trained, one of 'stem', 'stage1' … 'stage4'. All parts up to it normalise by their
+        running statistics and get no gradient. None trains everything. Auxiliary heads are always trained.
+      ops: "auto" computes by the lowerings of `repvgg_jax.ops` where they are faster, "xla" by XLA's own convolutions
+        and plain arithmetic everywhere. The variables are the same.
 
     References:
-      Ding et al., CVPR 2021, https://arxiv.org/abs/2101.03697; https://github.com/DingXiaoH/RepVGG
+      Ding et al., *RepVGG: Making VGG-style ConvNets Great Again*, CVPR 2021, https://arxiv.org/abs/2101.03697; the
+      official implementation, https://github.com/DingXiaoH/RepVGG
     """
 
     num_classes: int
@@ -93,13 +106,13 @@ class RepVGG(nn.Module):
 
     @property
     def widths(self) -> tuple[int, int, int, int, int]:
-        """Output channels of the stem and of stage1…stage4."""
+        """Output channels of the stem and of stage 1 to 4."""
         stages = [int(base * factor) for base, factor in zip((64, 128, 256, 512), self.width_multiplier, strict=True)]
         return (min(64, stages[0]), *stages)  # type: ignore[return-value]
 
     @property
     def blocks(self) -> tuple[BlockSetting, ...]:
-        """The blocks, in the order of computation."""
+        """The settings of the blocks, in the order of computation."""
         ends = (f"stage1_block{self.depths[0]}", f"stage2_block{self.depths[1]}", f"stage3_block{self.depths[2] // 2}")
         heads = dict(zip(ends, AUXILIARY_HEADS, strict=True)) if self.auxiliary_heads else {}
         settings: list[BlockSetting] = []
@@ -122,19 +135,23 @@ class RepVGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, features: bool = False) -> Any:
-        """Run the network.
+        """Compute the logits of a batch of images or, with `features=True`, the outputs of all parts.
 
         Args:
-          images: `(batch, height, width, channels)`, floating point, normalised; any height and width ≥ 1.
-          train: normalise by the batch's statistics and update the running ones (collection `batch_stats` must be
-            mutable). In the deploy form it makes no difference.
-          features: return the endpoints instead of the logits.
+          images: `(batch, height, width, channels)`, floating point, normalised. Height and width may be any number
+            from 1.
+          train: Whether to normalise by the statistics of the batch and to update the running ones; the collection
+            `batch_stats` must then be mutable. It makes no difference in the deploy form.
+          features: Whether to return the outputs of all parts instead of the logits.
 
         Returns:
-          Logits `(batch, num_classes)`; with auxiliary heads and `train=True`, `(logits, {'stage1_aux': …,
-          'stage2_aux': …, 'stage3_first_aux': …})`. With `features=True` a dict in the order of computation:
-          'stem', 'stage1'…'stage4' `(batch, height, width, channels)`, the auxiliary logits where they exist,
-          'pooled' `(batch, channels)`, 'logits'.
+          Logits `(batch, num_classes)`. In the training form with auxiliary heads and `train=True`, the pair
+          `(logits, {'stage1_aux': …, 'stage2_aux': …, 'stage3_first_aux': …})`. With `features=True`, a dict in the
+          order of computation: 'stem', 'stage1' … 'stage4' `(batch, height, width, channels)`, 'pooled'
+          `(batch, channels)`, 'logits', and the logits of the auxiliary heads where they exist.
+
+        Raises:
+          ValueError: If the images are not floating point, not of rank 4, or seem to have their channels first.
         """
         _require_images(images)
         made_of = layers(
@@ -178,12 +195,12 @@ class RepVGG(nn.Module):
 
 
 def frozen_parts(frozen: str | None) -> tuple[str, ...]:
-    """The parts that are not trained, where `frozen` is the last of them."""
+    """Return the parts that are not trained, where `frozen` is the last of them."""
     return PARTS[: PARTS.index(frozen) + 1] if frozen else ()
 
 
 def _require_settings(model: RepVGG) -> None:
-    """See that each field but those of `_require_shape` is in its range."""
+    """Raise a ValueError unless each field but those of `_require_shape` is in its range."""
     for name, least in (("num_classes", 1), ("groups", 1), ("squeeze_excite_reduction", 1), ("epsilon", 0)):
         value = getattr(model, name)
         _require(value >= least, f"{name} is {value}", f"at least {least}")
@@ -196,7 +213,7 @@ def _require_settings(model: RepVGG) -> None:
 
 
 def _require_shape(model: RepVGG) -> None:
-    """See that stem and stages have blocks, strides, dilations and channels that go together."""
+    """Raise a ValueError unless blocks, strides, dilations and channels of stem and stages go together."""
     depths, factors, dilations = model.depths, model.width_multiplier, model.dilations
     require_strides(model.strides)
     _require(
@@ -224,11 +241,7 @@ def _require_shape(model: RepVGG) -> None:
 
 
 def require_strides(strides: tuple[int, ...]) -> None:
-    """See that strides are five, each 1 or 2.
-
-    Raises:
-      ValueError: they are not.
-    """
+    """Raise a ValueError unless strides are five numbers, each 1 or 2."""
     _require(
         len(strides) == 5 and set(strides) <= {1, 2},
         f"strides are {strides}",

@@ -1,4 +1,4 @@
-"""The shapes of a network's variables, and where two tables of shapes differ."""
+"""Shapes of a network's variables, and where two tables of shapes differ."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def abstract_variables(model: RepVGG, channels: int) -> Any:
-    """Shapes and dtypes of a model's variables, computing nothing; to read, not to change.
+    """Return the shapes and dtypes of a model's variables without computing them. The tree is shared: do not change it.
 
     Args:
-      model: in either form.
-      channels: of its images.
+      model: The network, in either form.
+      channels: Channels of its images.
     """
     return _abstract_variables(model, channels, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
@@ -33,20 +33,20 @@ def _abstract_variables(model: RepVGG, channels: int, x64: bool) -> Any:
 
 
 def input_channels(variables: Mapping[str, Any]) -> int:
-    """The channels of the images that a network takes, read off the kernel of its stem, in either form."""
+    """Read the channels of the images that a network takes off the kernel of its stem, in either form."""
     stem = variables["params"]["stem"]
     convolution = stem["reparam"] if "reparam" in stem else stem["branch_3x3"]["conv"]
     return int(np.shape(convolution["kernel"])[2])
 
 
 def shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a tree's arrays by their names, such as `params/head/kernel`, whatever kinds of nodes it has."""
+    """Return the shapes of a tree's arrays by name, such as `params/head/kernel`, whatever kinds of nodes it has."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(np.shape(leaf)) for path, leaf in leaves}
 
 
 def differences(found: Shapes, expected: Shapes) -> list[str]:
-    """A clause for each name, in order, whose shapes differ: `head/kernel is (8, 2), expected (8, 10)`."""
+    """Return a clause for each name whose shapes differ, in order: `head/kernel is (8, 2), expected (8, 10)`."""
     return [
         f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
         for name in sorted({*found, *expected})
@@ -55,6 +55,6 @@ def differences(found: Shapes, expected: Shapes) -> list[str]:
 
 
 def few(clauses: Sequence[str], separator: str = "; ") -> str:
-    """The first three, and how many more there are."""
+    """Join the first three clauses, and say how many more there are."""
     more = [f"and {len(clauses) - 3} more"] if len(clauses) > 3 else []
     return separator.join([*clauses[:3], *more])

@@ -13,7 +13,16 @@ from repvgg_jax.reparam.rules import AUXILIARY_HEADS
 
 
 class Row(NamedTuple):
-    """One block: its name, output shape without the batch, and what it costs in the two forms."""
+    """One block of a network and what it costs in the two forms.
+
+    Attributes:
+      name: Name of the block in the tree of variables.
+      output_shape: Shape of its output without the batch.
+      training_parameters: Number of trainable parameters in the training form.
+      training_multiply_adds: Multiply-adds for one image in the training form.
+      deploy_parameters: Number of parameters in the deploy form.
+      deploy_multiply_adds: Multiply-adds for one image in the deploy form.
+    """
 
     name: str
     output_shape: tuple[int, ...]
@@ -24,13 +33,17 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The rows of a network; `str(summary)` is the table."""
+    """The blocks of a network and what they cost in the two forms. `str(summary)` is a table.
+
+    Attributes:
+      rows: The blocks, and the head, in the order of computation.
+    """
 
     rows: tuple[Row, ...]
 
     @property
     def total(self) -> Row:
-        """The sums over all blocks; its output shape is that of the last."""
+        """The sums over all rows. The output shape is that of the last row."""
         sums = [sum(column) for column in list(zip(*self.rows, strict=True))[2:]]
         return Row("total", self.rows[-1].output_shape, *sums)
 
@@ -48,16 +61,16 @@ class Summary(NamedTuple):
 
 
 def summarize(model: RepVGG, image_shape: tuple[int, int, int]) -> Summary:
-    """Count a network's parameters and multiply-adds, block by block, in both forms.
+    """Count the parameters and multiply-adds of a network in both forms, block by block.
 
-    Nothing is computed: shapes alone are traced. Parameters are the trainable ones (batch statistics are not).
-    Multiply-adds are those of convolutions and dense layers for one image; norms, ReLU, pooling and the scaling
-    by squeeze-excite gates are not counted, and neither are the auxiliary heads, which serve training only
-    (their parameters are).
+    Nothing is computed; shapes alone are traced. Parameters are the trainable ones, without batch statistics.
+    Multiply-adds are those of convolutions and dense layers for one image. Norms, ReLU, pooling and the scaling by
+    squeeze-excite gates are not counted. Of the auxiliary heads, which serve training only, the parameters are counted
+    and the multiply-adds are not.
 
     Args:
-      model: in either form.
-      image_shape: `(height, width, channels)`.
+      model: The network, in either form.
+      image_shape: Shape of one image, `(height, width, channels)`.
 
     Returns:
       The summary.

@@ -1,4 +1,4 @@
-"""The published networks and the function that builds them."""
+"""The published networks, and the function that builds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from repvgg_jax.models.repvgg import RepVGG, require_strides
 
 
 class Variant(NamedTuple):
-    """What sets a published network apart; the fields are those of `RepVGG`."""
+    """The settings of a published network. The fields are those of `RepVGG`."""
 
     depths: tuple[int, int, int, int]
     width_multiplier: tuple[float, float, float, float]
@@ -48,13 +48,14 @@ VARIANTS: dict[str, Variant] = {
         _D, (2.5, 2.5, 2.5, 5), squeeze_excite="after_relu", squeeze_excite_reduction=4, auxiliary_heads=True
     ),
 }
+"""The published networks by name, from 'repvgg_a0' to 'repvggplus_l2pse'."""
 
 
 def canonical_name(name: str) -> str:
-    """Map 'RepVGG-A0', 'repvgg_a0' and the like to a key of `VARIANTS`.
+    """Return the key of `VARIANTS` that a name such as 'RepVGG-A0' or 'repvgg_a0' stands for.
 
     Raises:
-      ValueError: there is no such variant; the message suggests the nearest.
+      ValueError: If there is no such variant. The message suggests those with the nearest names.
     """
     key = name.lower().replace("-", "_")
     if key not in VARIANTS:
@@ -82,35 +83,42 @@ def create_model(
     ops: Operations = "auto",
     name: str | None = None,
 ) -> RepVGG:
-    """Build a published RepVGG, or one cut to measure.
+    """Build a published RepVGG network, with other depths, widths, strides or dilations where they are given.
 
     Args:
-      variant: 'repvgg_a0' … 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'; 'RepVGG-A0' works too.
-      num_classes: width of the head.
-      deploy: build the deploy form, for variables that `fuse` returned.
-      strides: of the stem and of stage1…stage4, each 1 or 2. Small images want fewer 2s, e.g. (1, 1, 2, 2, 2).
-      output_stride: as a backbone, of the pixels of an image to one of stage4 along a side: 8 or 16 for segmentation,
-        where `strides` give 32. Later strides turn into dilation (Yu & Koltun, arXiv:1511.07122), so that weights
-        stay those of the undilated network. None leaves the strides alone.
-      width_multiplier: four factors in place of the variant's.
-      depths: four stage depths in place of the variant's.
-      epsilon: of the batch norms.
-      momentum: of the running statistics.
-      dtype: of the computation, e.g. `jnp.bfloat16`.
-      param_dtype: of parameters and statistics.
-      remat: trade time for memory in the backward pass.
-      frozen: the last of 'stem', 'stage1' … 'stage4' that is not trained, with all before it; None trains everything.
-      ops: "auto" for the fastest lowerings known, "xla" for XLA's own everywhere; forward-mode and second
-        derivatives need "xla".
-      name: in the tree of variables, where the network is a part of another module.
+      variant: The name of the network, a key of `VARIANTS`. Capitals and hyphens are taken too: 'RepVGG-A0'.
+      num_classes: Number of classes, the width of the head.
+      deploy: Whether to build the deploy form, for variables that `fuse` returned.
+      strides: Strides of the stem and of stage 1 to 4, each 1 or 2. Small images want fewer 2s, e.g. `(1, 1, 2, 2, 2)`.
+      output_stride: Side of the image over side of the output of stage 4. Give 8 or 16 to use the network as a backbone
+        for segmentation; the default strides give 32. Later strides then turn into dilation, so that the weights of the
+        undilated network still fit. None leaves the strides as they are.
+      width_multiplier: Four factors on the channels 64, 128, 256, 512 of stage 1 to 4, in place of the variant's.
+      depths: Four numbers of blocks in stage 1 to 4, in place of the variant's.
+      epsilon: The epsilon of the batch norms.
+      momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch.
+      dtype: Dtype of the computation, e.g. `jnp.bfloat16`. None computes in the dtype of images and parameters.
+      param_dtype: Dtype of the parameters. Statistics have it too, but are at least float32.
+      remat: Whether to recompute the activations of each block in the backward pass, which takes less memory and more
+        time.
+      frozen: Last part that is not trained, with all before it: one of 'stem', 'stage1' … 'stage4'. None trains
+        everything.
+      ops: "auto" computes by the fastest lowerings that are known, "xla" by XLA's own convolutions and plain
+        arithmetic. Forward-mode and second derivatives need "xla".
+      name: Name of the network in the tree of variables, where it is a part of another module.
 
     Returns:
       The Flax module. `model.init(key, images, train=False)` makes its variables.
 
     Raises:
-      ValueError: an unknown variant, or a value out of range; the message says which.
+      ValueError: If the variant is unknown or a value is out of range. The message says which.
+
+    References:
+      RepVGG, table 2 and section 4.1, https://arxiv.org/abs/2101.03697; the official implementation,
+      https://github.com/DingXiaoH/RepVGG, for D2se and RepVGGplus; Yu & Koltun, arXiv:1511.07122, for dilation.
 
     Example:
+      >>> from repvgg_jax import create_model
       >>> create_model("RepVGG-A0", num_classes=10).widths
       (48, 48, 96, 192, 1280)
     """
@@ -147,7 +155,7 @@ def create_model(
 
 
 def _dilate(strides: tuple[int, ...], output_stride: int) -> tuple[list[int], list[int]]:
-    """Strides and dilations of stem and stages that reach an output stride and go no further."""
+    """Return strides and dilations of stem and stages that reach an output stride and go no further."""
     require_strides(strides)
     reached = list(itertools.accumulate(strides, operator.mul))
     if output_stride not in reached:

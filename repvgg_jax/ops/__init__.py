@@ -1,4 +1,4 @@
-"""What XLA computes slowly on some platform, computed well: convolution and batch norm. Imports jax only."""
+"""Convolution and batch norm in place of those that XLA computes slowly on some platforms. Imports JAX and NumPy."""
 
 from repvgg_jax.ops.batch_norm import batch_norm_train
 from repvgg_jax.ops.convolution import conv_general_dilated

@@ -17,26 +17,28 @@ _AXES = (0, 1, 2)
 def batch_norm_train(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises every channel by the statistics of the batch.
+    """Normalise every channel by the statistics of the batch.
 
-    `y = (x - mean) / sqrt(var + epsilon) * scale + bias`, statistics over N, H and W. Under a sharded batch they
-    are those of the whole batch. Differentiable in reverse mode, through all three results.
+    `y = (x - mean) / sqrt(var + epsilon) * scale + bias`, with statistics over batch, height and width. Under a sharded
+    batch they are those of the whole batch. All three results can be differentiated in reverse mode. Forward mode
+    raises a TypeError.
 
-    On CPU the variance is `E[x²] - E[x]²` while no channel cancels more than six bits in it, and `E[(x - E[x])²]`, one
-    more pass over `x`, otherwise. Other platforms compute Flax's `E[x²] - E[x]²`, clipped at zero.
+    On CPU the variance is `E[x²] - E[x]²` while no channel cancels more than six bits in it. Otherwise it is
+    `E[(x - E[x])²]`, which takes one more pass over `x`. Other platforms compute `E[x²] - E[x]²` as Flax does. It is
+    clipped at zero.
 
     Args:
-        x: (N, H, W, C), any float dtype.
-        scale: (C,), or None for ones.
-        bias: (C,), or None for zeros.
-        epsilon: added to the variance, in the dtype of the statistics.
+      x: `(batch, height, width, channels)`, any floating-point dtype.
+      scale: `(channels,)`, or None for ones.
+      bias: `(channels,)`, or None for zeros.
+      epsilon: Added to the variance, in the dtype of the statistics.
 
     Returns:
-        y: like `x`.
-        mean: (C,), float32 at least.
-        var: (C,), the biased variance (divided by N·H·W), float32 at least.
+      `(y, mean, var)`: `y` has the shape and dtype of `x`; `mean` and `var` are `(channels,)` in at least float32. The
+      variance is the biased one, divided by batch · height · width.
 
-    Source: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167.
+    References:
+      Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     channels = (x.shape[-1],)
@@ -46,7 +48,7 @@ def batch_norm_train(
 
 
 def _across(vector: jax.Array) -> jax.Array:
-    """Of the channels, for every pixel; by hand, for `jax_numpy_rank_promotion="raise"`."""
+    """Give a vector of the channels the rank of the images, as `jax_numpy_rank_promotion="raise"` asks for."""
     return vector[None, None, None]
 
 
@@ -56,7 +58,10 @@ def _fast_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _robust_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """XLA:CPU sums `x` and `x * x` in one threaded pass each, but writes `x - mean` to memory first."""
+    """Return mean and variance of each channel, with one more pass over `x` where the fast variance would cancel.
+
+    XLA:CPU sums `x` and `x * x` in one threaded pass each, but writes `x - mean` to memory first.
+    """
 
     def once_more(x: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
         rest, var = _fast_statistics(x - _across(mean))

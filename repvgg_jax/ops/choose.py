@@ -1,6 +1,6 @@
-"""Which lowering is fastest on which platform, by static shape.
+"""The choice of the fastest lowering for a convolution by platform and static shape.
 
-On CPU measured by `python -m benchmarks.tune`, on CUDA as docs/performance.md tells.
+On CPU it was measured by `python -m benchmarks.tune`, on CUDA as docs/performance.md tells.
 """
 
 import math
@@ -24,10 +24,17 @@ _BLOCK_DIAGONAL = block_diagonal.lowering
 
 _ALL = (_PLAIN, _DEPTHWISE, _POINTWISE, _IM2COL, _WINOGRAD_F2, _WINOGRAD_F4, _SPACE_TO_DEPTH, _BLOCK_DIAGONAL)
 LOWERINGS = {lowering.name: lowering for lowering in _ALL}
+"""All lowerings by name."""
 
 
 class Choice(NamedTuple):
-    """The lowerings of the forward pass and of the two gradients."""
+    """The lowerings of the forward pass and of the two gradients.
+
+    Attributes:
+      forward: Lowering of the forward pass.
+      input_gradient: Lowering of the gradient by the images.
+      kernel_gradient: Lowering of the gradient by the kernel.
+    """
 
     forward: Lowering
     input_gradient: Lowering
@@ -35,7 +42,7 @@ class Choice(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names, in that order."""
+        """The names of the three lowerings, in that order."""
         return tuple(lowering.name for lowering in self)
 
 
@@ -51,15 +58,20 @@ def choose(
     exact: bool = False,
     kernel_ahead: bool = False,
 ) -> dict[str, Choice]:
-    """The fastest known lowerings for one convolution, by platform; a platform that is missing takes the plain one.
+    """Return the fastest known lowerings for one convolution by platform.
+
+    A platform that is missing takes the plain lowering.
 
     Args:
-        input_shape: NHWC.
-        kernel_shape: HWIO.
-        window: of the convolution.
-        dtype: of images and kernel.
-        exact: no Winograd, which rounds more.
-        kernel_ahead: what the kernel alone determines costs nothing, because it is computed ahead of time.
+      input_shape: Shape of the images, NHWC.
+      kernel_shape: Shape of the kernel, HWIO.
+      window: Strides, padding and groups of the convolution.
+      dtype: Dtype of images and kernel.
+      exact: Whether to leave out Winograd, which rounds more than the others.
+      kernel_ahead: Whether what the kernel alone determines costs nothing, because it is computed ahead of time.
+
+    Returns:
+      The choices by platform, 'cpu' or 'cuda'.
     """
     if dtype == jnp.float32:
         return {"cpu": _choose_on_cpu(input_shape, kernel_shape, window, exact, kernel_ahead)}
@@ -70,7 +82,7 @@ def choose(
 
 
 def _choose_on_cuda(input_shape: Shape, kernel_shape: Shape, window: Window) -> Choice:
-    """For 16 bits; in float32 cuDNN has a kernel of its own for few channels."""
+    """Choose for 16 bits. In float32 cuDNN has a kernel of its own for few channels."""
     pixels = input_shape[0] * math.prod(window.output_size(input_shape, kernel_shape))
     if _SPACE_TO_DEPTH.supports(input_shape, kernel_shape, window) and pixels >= 2**16:
         return Choice(_SPACE_TO_DEPTH, _PLAIN, _SPACE_TO_DEPTH)
@@ -114,7 +126,10 @@ def _choose_on_cpu(input_shape: Shape, kernel_shape: Shape, window: Window, exac
 
 
 def _choose_for_many_groups(pixels: int, kernel_shape: Shape, window: Window, winograd: bool) -> Choice:
-    """XLA's own kernel gradient of a grouped convolution takes a hundred times as long as a product."""
+    """Choose for more than `FEW_GROUPS` groups.
+
+    XLA's own kernel gradient of a grouped convolution takes a hundred times as long as a product.
+    """
     forward = _PLAIN
     if kernel_shape[2] <= 4 or pixels <= 4:
         forward = _WINOGRAD_F4 if winograd and pixels >= 100 else _IM2COL

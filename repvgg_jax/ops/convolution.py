@@ -1,4 +1,4 @@
-"""A drop-in for `lax.conv_general_dilated` that XLA computes fast."""
+"""A convolution with the interface of `lax.conv_general_dilated`, in forms that XLA computes fast."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,41 +32,49 @@ def conv_general_dilated(
     precision: lax.PrecisionLike = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Convolves, with the arguments and the result of `lax.conv_general_dilated`.
+    """Convolve images with a kernel, with the arguments and the result of `lax.conv_general_dilated`.
 
-    NHWC images with HWIO kernels of 1×1 or 3×3 taps, or of up to 7×7 taps in one group per channel, are lowered as
-    `repvgg_jax.ops.choose` says. In float32 on CPU they become matrix products, im2col, Winograd or, in one group per
-    channel, sums of shifted images, each with gradients of its own. In bfloat16 and float16 on CUDA they are lowered by
-    space to depth where many pixels have few channels and the stride is 2, and ungrouped, with zeros between the
-    groups, where cuDNN's grouped kernels are slow. The platform is the one the program is lowered for, not the one at
-    hand. Every other call, and every other platform, is `lax.conv_general_dilated` itself. Under a sharded batch the
-    choice sees the global shape.
+    A *lowering* is one way to compute a convolution. Where a faster one than XLA's is known, as `repvgg_jax.ops.choose`
+    says, it is taken, with gradients of its own. It is known for some convolutions of NHWC images with undilated HWIO
+    kernels of 1×1 or 3×3 taps, or of up to 7×7 taps in one group per channel:
 
-    Winograd stays within 2e-5 of the largest output. Float64, `precision="highest"` and
-    `jax.default_matmul_precision("highest")` (or "float32") never take it. Reverse mode, once; not forward mode.
+    - In float32 on CPU they become matrix products, im2col, Winograd or, in one group per channel, sums of shifted
+      images.
+    - In bfloat16 and float16 on CUDA, many pixels of few channels at stride 2 are lowered by space to depth. Grouped
+      convolutions for which cuDNN's kernels are slow become ungrouped, with zeros between the groups.
+
+    Every other call, and every other platform, is `lax.conv_general_dilated` itself. The platform is the one that the
+    program is lowered for. Under a sharded batch the choice sees the global shape.
+
+    Winograd stays within 2e-5 of the largest output. It is never taken in float64, or where the argument `precision` or
+    `jax.default_matmul_precision` asks for more than the default.
+
+    The lowerings can be differentiated once, in reverse mode. Forward mode raises a TypeError.
 
     Args:
-        lhs: images, e.g. (N, H, W, in).
-        rhs: kernel, e.g. (height, width, in / groups, out).
-        window_strides: strides, one per spatial dimension.
-        padding: "SAME", "VALID" or (low, high) per spatial dimension.
-        lhs_dilation: dilation of the images.
-        rhs_dilation: dilation of the kernel.
-        dimension_numbers: as in `lax.conv_general_dilated`; its default is NCHW.
-        feature_group_count: groups of channels.
-        batch_group_count: groups of the batch.
-        precision: as in `lax.conv_general_dilated`.
-        preferred_element_type: as in `lax.conv_general_dilated`.
+      lhs: Images, e.g. `(batch, height, width, in)`.
+      rhs: Kernel, e.g. `(height, width, in / groups, out)`.
+      window_strides: One stride for each spatial dimension.
+      padding: "SAME", "VALID" or `(low, high)` for each spatial dimension.
+      lhs_dilation: Dilation of the images.
+      rhs_dilation: Dilation of the kernel.
+      dimension_numbers: As in `lax.conv_general_dilated`, whose default is NCHW.
+      feature_group_count: Number of groups of channels.
+      batch_group_count: Number of groups of the batch.
+      precision: As in `lax.conv_general_dilated`.
+      preferred_element_type: As in `lax.conv_general_dilated`.
 
     Returns:
-        The convolved images, e.g. (N, H', W', out).
+      The convolved images, e.g. `(batch, height, width, out)`.
 
     Raises:
-        TypeError, ValueError: where `lax.conv_general_dilated` does.
+      TypeError: If `lax.conv_general_dilated` raises one.
+      ValueError: If `lax.conv_general_dilated` raises one.
 
     Example:
-        >>> import flax.linen as nn
-        >>> layer = nn.Conv(48, (3, 3), padding=((1, 1), (1, 1)), conv_general_dilated=conv_general_dilated)
+      >>> import flax.linen as nn
+      >>> from repvgg_jax.ops import conv_general_dilated
+      >>> layer = nn.Conv(48, (3, 3), padding=((1, 1), (1, 1)), conv_general_dilated=conv_general_dilated)
     """
     xla = partial(
         lax.conv_general_dilated,
@@ -111,7 +119,7 @@ def conv_general_dilated(
 
 
 def _beyond_default(precision: lax.PrecisionLike) -> bool:
-    """Whether the argument, or in its absence the configuration, asks for more than the default precision."""
+    """Whether the argument or, where it is None, the configuration asks for more than the default precision."""
     asked: Any = precision
     if precision is None:
         asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
@@ -120,7 +128,7 @@ def _beyond_default(precision: lax.PrecisionLike) -> bool:
 
 
 def _fastest(direction: str, chosen: dict[str, Choice], **static: Any) -> dict[str, Callable[..., jax.Array]]:
-    """The lowerings of one direction, by platform, with their static arguments bound."""
+    """Return the lowerings of one direction by platform, with their static arguments bound."""
     lowerings = {platform: getattr(choice, direction) for platform, choice in chosen.items()}
     return {
         platform: partial(getattr(lowering, direction), **static)

@@ -1,10 +1,10 @@
 """A wall that XLA:CPU's fusion cannot look through, and that costs nothing.
 
-XLA:CPU fuses a cheap elementwise producer into each of its consumers, again and again: in a stack of residual
-blocks the fourteenth block would recompute the thirteen before it. `lax.optimization_barrier` does not help, it is
+XLA:CPU fuses a cheap elementwise producer into each of its consumers, again and again: in a stack of residual blocks
+the fourteenth block would compute the thirteen before it anew. `lax.optimization_barrier` does not help, because it is
 gone before fusion. A call that must not be inlined does: it is not elementwise, and its result is its operand.
 
-Behind a product the wall also keeps YNNPACK from computing product and sum in one: where a pooling window leaves a row
+Behind a product the wall also keeps YNNPACK from computing product and sum in one. Where a pooling window leaves a row
 out, that writes outside of its memory in jaxlib 0.10.0 and 0.10.1.
 """
 

@@ -1,4 +1,4 @@
-"""One program for every platform, or, while `inference_on` is active, for the one that is known."""
+"""Programs for every platform or, while `inference_on` is active, for the one that is known."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ _known: ContextVar[str | None] = ContextVar("known platform", default=None)
 
 @contextmanager
 def inference_on(platform: str) -> Iterator[None]:
-    """What is traced inside is for one platform and the forward pass only.
+    """Trace what is inside of the context for one platform and for the forward pass alone.
 
-    Conditionals on the platform and custom gradients, which hide their contents from a transformation that looks at
-    the traced program, are left out of it. Traces are not shared with the outside.
+    Conditionals on the platform and custom gradients are then left out of the traced program, because they hide their
+    contents from a transformation that looks at it. Traces are not shared with the outside.
 
     Args:
-        platform: 'cpu', 'cuda', 'rocm' or 'tpu'.
+      platform: 'cpu', 'cuda', 'rocm' or 'tpu'.
     """
     token = _known.set(platform)
     try:
@@ -28,12 +28,12 @@ def inference_on(platform: str) -> Iterator[None]:
 
 
 def known_platform() -> str | None:
-    """The platform of the innermost `inference_on`, or None."""
+    """Return the platform of the innermost `inference_on`, or None."""
     return _known.get()
 
 
 def by_platform(*operands: Any, default: Callable[..., Any], **branches: Callable[..., Any]) -> Any:
-    """`lax.platform_dependent`, decided at once where the platform is known."""
+    """Compute as `lax.platform_dependent` does, or at once by the branch of the platform where it is known."""
     platform = known_platform()
     if platform is None:
         return lax.platform_dependent(*operands, default=default, **branches) if branches else default(*operands)

@@ -1,4 +1,4 @@
-"""A place in the program that forward-mode differentiation does not pass, and that says what does."""
+"""A gate in a program that reverse-mode differentiation passes and forward mode does not, with an error."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _MESSAGE = (
 
 
 def reverse_mode_only(x: jax.Array) -> jax.Array:
-    """Return `x`, and raises a TypeError with the remedy where it is differentiated in forward mode.
+    """Return `x`, and raise a TypeError with the remedy where it is differentiated in forward mode.
 
     The custom gradients behind it would end in an error of JAX, which knows of no remedy. Reverse mode goes through.
     """

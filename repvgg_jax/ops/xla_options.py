@@ -1,4 +1,4 @@
-"""What XLA is told when it compiles a network."""
+"""The options that XLA compiles the networks with."""
 
 import importlib.metadata
 from functools import lru_cache
@@ -17,16 +17,20 @@ _WANTED: dict[str, dict[str, Any]] = {
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any]:
-    """Options that make XLA's programs for these networks faster, and right, for `jax.jit(..., compiler_options=…)`.
+    """Return XLA options for `jax.jit(..., compiler_options=…)` that make the programs of these networks faster.
 
-    Only those that the installed jaxlib knows: they come and go with its versions. JAX takes options for the outermost
-    `jax.jit` alone, so functions that stand inside of others, as those of `repvgg_jax.ops` do, are given none.
+    They say what XLA:CPU may hand to YNNPACK: sums, which are faster there, and nothing with jaxlib 0.10.2, which sums
+    wrongly there. Options that the installed jaxlib does not know are left out. JAX takes options for the outermost
+    `jax.jit` alone, so functions that run inside of others, such as those of `repvgg_jax.ops`, are given none.
 
     Args:
-        platform: of the devices, 'cpu', 'gpu' or 'tpu'; that of JAX's first device where not given.
+      platform: Platform of the devices, 'cpu', 'gpu' or 'tpu'. By default it is that of JAX's first local device.
 
     Returns:
-        Options by name; none for most platforms.
+      Options by name. There are none for most platforms.
+
+    References:
+      The wrong sums: https://github.com/jax-ml/jax/issues/39103.
     """
     platform = platform or jax.local_devices()[0].platform
     return {name: value for name, value in _WANTED.get(platform, {}).items() if _known(platform, name, value)}

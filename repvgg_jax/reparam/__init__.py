@@ -1,4 +1,4 @@
-"""Structural re-parameterization as algebra on arrays. Imports JAX alone, so any JAX code can use it."""
+"""Structural re-parameterization as algebra on arrays. It imports JAX and NumPy alone, so any JAX code can use it."""
 
 from repvgg_jax.reparam.equivalence import (
     Agreement,

@@ -1,4 +1,4 @@
-"""Are two forms the same function? How far apart, for how many predictions, and from where on."""
+"""Comparison of two forms of a network: how far apart they are, how many predictions differ, and where they part."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import numpy as np
 
 
 class EquivalenceError(ValueError):
-    """Two forms are not the same function."""
+    """Two forms are not the same function, or their comparison proves nothing."""
 
 
 class Agreement(NamedTuple):
-    """How two batches of logits compare.
+    """The result of comparing two batches of logits.
+
+    All figures but the two counts are NaN where either side holds a value that is not finite.
 
     Attributes:
-      max_difference: the largest absolute difference of any logit.
-      max_reference: the largest absolute logit of the reference.
-      relative: `max_difference / max_reference`; NaN where either side holds a value that is not finite.
-      predictions_changed: rows whose argmax differs.
-      compared: rows in all.
-      spread: how far apart the logits of one class lie, relative to the largest logit, in the form where they lie
-        closer: what the inputs change at all. Of a single row, the same over its classes. NaN as `relative` is, and
-        infinite for a single logit, which has nothing to differ from.
+      max_difference: Largest absolute difference between a logit and its reference.
+      max_reference: Largest absolute logit of the reference.
+      relative: `max_difference / max_reference`.
+      predictions_changed: Number of rows whose argmax differs.
+      compared: Number of rows.
+      spread: How much the inputs change the logits: the largest range of one class over the rows, in the form where it
+        is smaller, divided by `max_reference`. For a single row, the range is taken over its classes. It is infinite
+        for a single logit, which has nothing to differ from.
     """
 
     max_difference: float
@@ -35,12 +37,22 @@ class Agreement(NamedTuple):
     spread: float = math.inf
 
     def require(self, rtol: float) -> Agreement:
-        """Return the agreement, or raise an EquivalenceError with its figures.
+        """Return the agreement where both forms are the same function, and raise an error otherwise.
 
-        It holds where the relative difference is at most `rtol` and no prediction changed. Nothing is proven, and that
-        is an error as well, where a logit is not finite, or where a form answers each input the same: then the logits
-        lie within `rtol` of each other, and any network with these constants would pass. One input is compared by its
-        classes, and a single logit of one input as it is, since a test of one image or one class is small, not empty.
+        They are the same where the relative difference is at most `rtol` and no prediction changed. Where a logit is
+        not finite, or where one form answers every input the same, nothing is proven, and that is an error too: in the
+        second case any network with these constants would pass. A single row is compared by its classes, and a single
+        logit as it is.
+
+        Args:
+          rtol: Largest difference allowed, relative to the largest logit of the reference. A `spread` of at most `rtol`
+            counts as the same answer to every input.
+
+        Returns:
+          The agreement itself.
+
+        Raises:
+          EquivalenceError: If the forms differ, or nothing is proven. The message holds the figures.
         """
         if math.isnan(self.relative):
             raise EquivalenceError(
@@ -64,20 +76,20 @@ class Agreement(NamedTuple):
 
 
 def agreement(reference: Any, candidate: Any) -> Agreement:
-    """Compare two arrays of logits, in float64 on the host.
+    """Compare two arrays of logits in float64 on the host.
 
-    Compute both under `jax.default_matmul_precision("float32")`: accelerators multiply in TF32 or bf16 otherwise,
-    and the comparison would measure that.
+    Compute both arrays under `jax.default_matmul_precision("float32")`. Accelerators multiply in TF32 or bfloat16
+    otherwise, and the comparison would measure that.
 
     Args:
-      reference: logits `(batch, classes)`.
-      candidate: logits of the same shape.
+      reference: Logits of the reference, `(batch, classes)`.
+      candidate: Logits of the other form, of the same shape.
 
     Returns:
       The agreement.
 
     Raises:
-      ValueError: the shapes differ, or there is no row.
+      ValueError: If the shapes differ, are not `(batch, classes)`, or hold no logit.
     """
     expected, found = (np.asarray(x).astype(np.float64) for x in (reference, candidate))
     if expected.shape != found.shape or expected.ndim != 2 or not expected.size:
@@ -98,40 +110,45 @@ def agreement(reference: Any, candidate: Any) -> Agreement:
 
 
 def _range(logits: np.ndarray) -> float:
-    """The largest range of a class over the rows; of a single row, over the classes; infinite for a single logit."""
+    """Return the largest range of a class over the rows, of a single row over its classes; infinity for one logit."""
     if logits.size == 1:
         return math.inf
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
 def assert_equivalent(reference: Any, candidate: Any, *, rtol: float) -> Agreement:
-    """Raise unless two arrays of logits agree and predict the same classes.
+    """Raise an error unless two arrays of logits agree and predict the same classes.
 
     Args:
-      reference: logits `(batch, classes)`.
-      candidate: logits of the same shape.
-      rtol: the largest difference allowed, relative to the largest reference logit. Rounding alone stays below
-        1e-12 in float64 and 1e-5 in float32.
+      reference: Logits of the reference, `(batch, classes)`.
+      candidate: Logits of the other form, of the same shape.
+      rtol: Largest difference allowed, relative to the largest logit of the reference. Rounding alone stays below 1e-12
+        in float64 and below 1e-5 in float32.
 
     Returns:
-      The agreement, where it holds.
+      The agreement.
 
     Raises:
-      EquivalenceError: where it does not, or where nothing is proven; see `Agreement.require`.
+      EquivalenceError: If the two do not agree, or nothing is proven; see `Agreement.require`.
+      ValueError: If the arrays cannot be compared; see `agreement`.
     """
     return agreement(reference, candidate).require(rtol)
 
 
 def first_divergence(reference: Mapping[str, Any], candidate: Mapping[str, Any], *, rtol: float) -> str | None:
-    """Name the first endpoint at which two forms part.
+    """Return the name of the first endpoint at which two forms differ.
 
     Args:
-      reference: arrays by name in the order of computation, as `model.apply(…, features=True)` returns them.
-      candidate: the same of the other form; names missing from either side are passed over.
-      rtol: the largest difference allowed at an endpoint, relative to its largest reference value.
+      reference: Arrays by name in the order of computation, as `model.apply(…, features=True)` returns them. The first
+        axis of each is the batch.
+      candidate: Arrays of the other form by name. Names that one side lacks are skipped.
+      rtol: Largest difference allowed at an endpoint, relative to the largest absolute value of the reference there.
 
     Returns:
       The name, or None where all endpoints agree.
+
+    Raises:
+      ValueError: If two arrays of one name cannot be compared; see `agreement`.
     """
     for name in reference:
         if name in candidate:

@@ -1,4 +1,4 @@
-"""Fusing a tree of variables: the training form's params and batch_stats become the deploy form's."""
+"""Fusing of trees of variables: params and batch_stats of the training form become params of the deploy form."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Variables = TypeVar("Variables", bound=Mapping[str, Any])
 def fuse(variables: Variables, *, epsilon: float = 1e-5) -> Variables:
     """Fuse every RepVGG block of a training form into one 3×3 convolution.
 
-    A pure function of the tree: `jit`, `vmap`, `grad` and `eval_shape` all work on it. Concrete arrays are folded
-    in float64 on the host and rounded once; under a transformation the fold runs in at least float32.
+    The function is pure: `jit`, `vmap`, `grad` and `eval_shape` work on it. Concrete arrays are folded in float64 on
+    the host and rounded once. Under a transformation the fold runs in at least float32.
 
     Args:
-      variables: `{'params': …, 'batch_stats': …, …}` of a training form, or of any model that contains one; dict
-        or FrozenDict. Leaves are arrays; kernels HWIO.
-      epsilon: of the batch norms. It is not in the variables; `fuse_model` reads it from the model.
+      variables: `{'params': …, 'batch_stats': …, …}` of a training form, or of any model that contains one, as a dict
+        or a FrozenDict. The leaves are arrays, and kernels are HWIO.
+      epsilon: The epsilon of the batch norms. The variables do not hold it; `fuse_model` reads it from the model.
 
     Returns:
-      The variables of the deploy form, of the same container type: each block is
-      `{'reparam': {'kernel', 'bias'}}` beside its untouched siblings, in the parameters' dtype. Other collections
-      and batch statistics that belong to no block are kept; an emptied `batch_stats` goes.
+      The variables of the deploy form, in a container of the same type. Each block is `{'reparam': {'kernel', 'bias'}}`
+      beside its other children, which are unchanged, in the dtype of its convolutions. Auxiliary heads of RepVGGplus
+      are left out. Other collections are kept, and so are batch statistics that belong to no block; a `batch_stats`
+      that ends up empty is left out.
 
     Raises:
-      ValueError: there is no block, the tree is fused already, or a block is malformed. The message names each
-        path, what was found, what was expected and the remedy.
+      ValueError: If there is no block, the tree is fused already, a block is malformed, or `variables` is no such tree.
+        The message names each path with what was found, what was expected and the remedy.
 
     References:
       RepVGG, section 3.3, https://arxiv.org/abs/2101.03697
@@ -49,20 +50,24 @@ def fuse(variables: Variables, *, epsilon: float = 1e-5) -> Variables:
 
 
 def equivalent_kernels(variables: Mapping[str, Any], *, epsilon: float = 1e-5) -> dict[str, Convolution]:
-    """The 3×3 convolution that each RepVGG block is worth, by the block's path.
+    """Return the 3×3 convolution that each RepVGG block is equivalent to.
 
-    For a loss or a statistic over the kernels that inference will see; pure, as `fuse` is, so `grad` passes through.
-    The official implementation's custom L2 penalises the like (`get_custom_L2`, https://github.com/DingXiaoH/RepVGG).
+    Use it for a loss or a statistic over the kernels that inference will see. It is pure, as `fuse` is, so `grad` works
+    on it.
 
     Args:
-      variables: as for `fuse`.
-      epsilon: of the batch norms.
+      variables: The variables of a training form, as for `fuse`.
+      epsilon: The epsilon of the batch norms.
 
     Returns:
-      `(kernel, bias)` by path, e.g. 'stage1_block1', in the order of the tree.
+      The convolutions `(kernel, bias)` by the path of the block, e.g. 'stage1_block1', in the order of the tree.
 
     Raises:
-      ValueError: as `fuse`.
+      ValueError: If `fuse` would raise one.
+
+    References:
+      The custom L2 of the official implementation penalises similar kernels: `get_custom_L2`,
+      https://github.com/DingXiaoH/RepVGG
     """
     rule, found = repvgg_rule(epsilon), {}
 
@@ -80,15 +85,18 @@ def fuse_with(rule: Rule, variables: Variables) -> Variables:
     """Replace every node of a tree of variables that a rule matches.
 
     Args:
-      rule: from `branch_rule`, `first_match`, or your own function `(path, params, batch_stats) ->
-        Replacement | None`, asked at every node from the root downwards; what it replaces is not searched further.
-      variables: `{'params': …, 'batch_stats': …, …}`, dict or FrozenDict.
+      rule: A rule from `branch_rule` or `first_match`, or your own function
+        `(path, params, batch_stats) -> Replacement | None`. It is asked at every node from the root downwards. What it
+        replaces is not searched further.
+      variables: `{'params': …, 'batch_stats': …, …}` as a dict or a FrozenDict. The leaves are arrays.
 
     Returns:
-      The new variables, as `fuse` describes.
+      The new variables, in a container of the same type. What the rule does not match is kept. A node whose replacement
+      is empty is left out, and so is a `batch_stats` that ends up empty.
 
     Raises:
-      ValueError: as `fuse`.
+      ValueError: If the rule matches no node or raises a ValueError, or if `variables` is no such tree. One message
+        names all nodes for which the rule raised an error.
 
     Example:
       >>> import numpy as np

@@ -1,8 +1,9 @@
 """The algebra of structural re-parameterization: every branch is one affine convolution `(kernel, bias)`.
 
-Kernels are HWIO, `(kh, kw, in_channels / groups, out_channels)`. The functions take NumPy arrays, JAX arrays
-or tracers; NumPy in gives NumPy out, so a fold can run in float64 on the host even where JAX is limited to
-float32. Results are at least float32; rounding to a narrower parameter dtype is the caller's last step.
+Kernels are HWIO, `(kh, kw, in_channels / groups, out_channels)`. The functions take NumPy arrays, JAX arrays or
+tracers. NumPy arrays give NumPy arrays, so that a fold can run in float64 on the host even where JAX is limited to
+float32. `fold_batch_norm` computes in at least float32; rounding to a narrower parameter dtype is the caller's last
+step.
 
 References:
   Ding et al., *RepVGG: Making VGG-style ConvNets Great Again*, CVPR 2021, arXiv:2101.03697, section 3.3.
@@ -22,7 +23,12 @@ Array = jax.Array | np.ndarray
 
 
 class Convolution(NamedTuple):
-    """An affine convolution: `kernel` is HWIO, `bias` has shape `(out_channels,)`."""
+    """An affine convolution.
+
+    Attributes:
+      kernel: HWIO, `(kh, kw, in_channels / groups, out_channels)`.
+      bias: `(out_channels,)`.
+    """
 
     kernel: Array
     bias: Array
@@ -38,28 +44,33 @@ def fold_batch_norm(
     conv_bias: Array | None = None,
     epsilon: float = 1e-5,
 ) -> Convolution:
-    """Fold an inference-mode batch norm into the convolution before it.
+    """Fold a batch norm in inference mode into the convolution before it.
+
+    With `factor = scale / √(var + epsilon)`, the folded kernel is `kernel · factor` by output channel, and the folded
+    bias is `(conv_bias − mean) · factor + bias`.
 
     Args:
-      kernel: `(kh, kw, in / groups, out)`.
-      mean: running mean, `(out,)`.
-      var: running variance (not the standard deviation), `(out,)`.
-      scale: the norm's scale, `(out,)`; None where the norm has none.
-      bias: the norm's bias, `(out,)`; None where the norm has none.
-      conv_bias: the convolution's own bias before the norm, `(out,)`; None where it has none.
-      epsilon: the norm's epsilon, added to the variance.
+      kernel: `(kh, kw, in / groups, out)`; another number of spatial dimensions works too.
+      mean: Running mean, `(out,)`.
+      var: Running variance (not the standard deviation), `(out,)`.
+      scale: Scale of the norm, `(out,)`, or None where the norm has none.
+      bias: Bias of the norm, `(out,)`, or None where the norm has none.
+      conv_bias: Bias of the convolution before the norm, `(out,)`, or None where the convolution has none.
+      epsilon: The epsilon of the norm, which is added to the variance.
 
     Returns:
-      The convolution that computes `norm(conv(x))`.
+      The convolution that computes `norm(conv(x))`, in at least float32.
 
     Raises:
-      ValueError: a vector's shape is not `(out,)`.
+      ValueError: If a vector has another shape than `(out,)`.
 
     Example:
+      >>> import numpy as np
+      >>> from repvgg_jax.reparam import fold_batch_norm
       >>> kernel = np.ones((1, 1, 1, 2))
-      >>> folded = fold_batch_norm(kernel, mean=np.array([1.0, 0.0]), var=np.array([3.0, 15.0]), epsilon=1.0)
+      >>> folded = fold_batch_norm(kernel, mean=np.array([1.0, 4.0]), var=np.array([3.0, 15.0]), epsilon=1.0)
       >>> folded.kernel.ravel().tolist(), folded.bias.tolist()
-      ([0.5, 0.25], [-0.5, 0.0])
+      ([0.5, 0.25], [-0.5, -1.0])
     """
     vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias, "conv_bias": conv_bias}
     out_channels = kernel.shape[-1]
@@ -82,18 +93,18 @@ def fold_batch_norm(
 
 
 def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:
-    """Zero-pad a kernel around its centre to a larger spatial size.
+    """Pad a kernel with zeros around its centre to a larger spatial size.
 
     Args:
-      kernel: `(kh, kw, in / groups, out)`, or of another number of spatial dimensions.
-      size: the `(kh, kw)` to reach.
+      kernel: `(kh, kw, in / groups, out)`; another number of spatial dimensions works too.
+      size: The spatial size `(kh, kw)` to reach.
 
     Returns:
-      The kernel, `(*size, in / groups, out)`. With `(size - 1) / 2` more padding of the images it computes
-      what the small kernel computed, at any stride.
+      The kernel, `(*size, in / groups, out)`. Where each side of the images is padded by half of the growth more, it
+      computes what the small kernel computed, at any stride.
 
     Raises:
-      ValueError: the size has another number of dimensions than the kernel, is smaller, or differs by an odd number,
+      ValueError: If `size` has another number of dimensions than the kernel, is smaller, or differs by an odd number,
         which leaves no centre.
     """
     current = kernel.shape[:-2]
@@ -112,21 +123,22 @@ def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:
 def identity_kernel(
     channels: int, *, groups: int = 1, size: tuple[int, ...] = (1, 1), dtype: Any = np.float64
 ) -> np.ndarray:
-    """The kernel of a convolution that returns its input.
+    """Return the kernel of a convolution that returns its input.
 
     Args:
-      channels: input and output channels.
-      groups: of the convolution; must divide `channels`.
-      size: odd spatial size `(kh, kw)`; the ones sit at the centre.
-      dtype: of the result.
+      channels: Number of input channels, and of output channels.
+      groups: Groups of the convolution. They must divide `channels`.
+      size: Odd spatial size `(kh, kw)`. The ones are at the centre.
+      dtype: Dtype of the kernel.
 
     Returns:
-      `(*size, channels / groups, channels)`.
+      The kernel, `(*size, channels / groups, channels)`.
 
     Raises:
-      ValueError: `groups` does not divide `channels`.
+      ValueError: If `groups` does not divide `channels`, or `size` is not odd.
 
     Example:
+      >>> from repvgg_jax.reparam import identity_kernel
       >>> identity_kernel(4, groups=2)[0, 0].tolist()
       [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]
     """
@@ -138,16 +150,20 @@ def identity_kernel(
 
 
 def merge_branches(branches: Sequence[Convolution]) -> Convolution:
-    """Add up branches that read one input on one output grid.
+    """Merge parallel branches into the one convolution that computes their sum.
+
+    The branches read the same input at the same stride, and each pads it by half of its kernel, so that all windows are
+    centred on the same pixels.
 
     Args:
-      branches: convolutions of equal `in / groups` and `out`; smaller kernels are padded to the largest.
+      branches: Convolutions of equal `in / groups` and `out`. Smaller kernels are padded with zeros to the largest.
 
     Returns:
-      The one convolution that computes the sum of all branches.
+      The convolution that computes the sum of all branches.
 
     Raises:
-      ValueError: there is no branch, or the channel counts differ.
+      ValueError: If there is no branch, the numbers of channels differ, or the sizes of the kernels differ by an odd
+        number.
     """
     if not branches:
         raise ValueError("there is no branch to merge: expected at least one convolution")

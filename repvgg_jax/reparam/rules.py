@@ -1,8 +1,8 @@
 """Rules: what counts as a re-parameterizable block in a tree of variables, and what it becomes.
 
-A rule is called as `(path, params, batch_stats) -> Replacement | None`. It looks at one node of the tree and returns
-None where the node is not its business. Rules decide by keys and static shapes, never by values. Those made here are
-values: two of the same fields are equal, and hash alike.
+A rule is called as `(path, params, batch_stats) -> Replacement | None`. It looks at one node of the tree, and returns
+None where the node is no block of its kind. Rules decide by keys and static shapes, never by values. The rules made
+here are values themselves: two with the same fields are equal and have the same hash.
 """
 
 from __future__ import annotations
@@ -23,23 +23,29 @@ Tree = Mapping[str, Any]
 
 
 class Replacement(NamedTuple):
-    """What a rule puts in the place of a node: its new params and the batch statistics that remain."""
+    """What a rule puts in the place of a node.
+
+    Attributes:
+      params: The new parameters of the node. Where they are empty, the node is left out.
+      batch_stats: The batch statistics of the node that remain.
+    """
 
     params: Tree
     batch_stats: Tree
 
 
 Rule = Callable[[Path, Tree, Tree], Replacement | None]
+"""A function `(path, params, batch_stats) -> Replacement | None` of one node of a tree of variables."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstMatch:
-    """The rule that asks others in turn; `first_match` makes it."""
+    """A rule that asks other rules in turn. `first_match` makes it."""
 
     rules: tuple[Rule, ...]
 
     def __call__(self, path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-        """Return the first replacement."""
+        """Return the replacement of the first rule that matches the node, or None where none does."""
         for rule in self.rules:
             replacement = rule(path, params, batch_stats)
             if replacement is not None:
@@ -48,13 +54,22 @@ class FirstMatch:
 
 
 def first_match(*rules: Rule) -> FirstMatch:
-    """Compose rules: the first that returns a replacement wins."""
+    """Compose rules into one that returns the first replacement that any of them returns.
+
+    Args:
+      *rules: The rules, in the order in which they are asked.
+
+    Returns:
+      The rule.
+    """
     return FirstMatch(rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class BranchRule:
-    """The rule for blocks of parallel convolution + batch-norm branches; `branch_rule` makes it, and describes it."""
+    """A rule for blocks of parallel branches, each a convolution with a batch norm. `branch_rule` makes and describes
+    it.
+    """
 
     convolutions: tuple[str, ...]
     identity: str | None
@@ -65,7 +80,11 @@ class BranchRule:
     all_required: bool
 
     def __call__(self, path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-        """Fold, pad and sum the branches of a block."""
+        """Return the fused block, or None where the node is no such block.
+
+        Raises:
+          ValueError: If the block is malformed.
+        """
         if not any(_has_convolution(params.get(name), self.conv) for name in self.convolutions):
             return None
         present = [name for name in self.convolutions if name in params]
@@ -78,14 +97,14 @@ class BranchRule:
         return Replacement({**_without(params, consumed), self.into: fused}, _without(batch_stats, consumed))
 
     def _check(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> None:
-        """See that all branches that are required are there, and that each has a convolution and a norm."""
+        """Raise a ValueError unless all required branches are there, each with a convolution and a norm."""
         if self.all_required and len(present) < len(self.convolutions):
             raise ValueError(f"found the branches {', '.join(present)}, expected {', '.join(self.convolutions)}")
         for name in present:
             _check_branch(name, params[name], batch_stats.get(name, {}), self.conv, self.norm)
 
     def _branches(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> list[Convolution]:
-        """Every branch as the one convolution that it is."""
+        """Return every branch as the one convolution that it is."""
         branches = [self._convolution(name, params[name], batch_stats.get(name, {})) for name in present]
         for name in self._identities(params, batch_stats):
             affine, statistics = params.get(name, {}), batch_stats.get(name, {})
@@ -94,7 +113,7 @@ class BranchRule:
         return branches
 
     def _identities(self, params: Tree, batch_stats: Tree) -> list[str]:
-        """The name of the identity branch, if the block has one."""
+        """Return the name of the identity branch in a list, which is empty where the block has none."""
         return [name for name in (self.identity,) if name is not None and (name in params or name in batch_stats)]
 
     def _convolution(self, name: str, branch: Tree, branch_stats: Tree) -> Convolution:
@@ -104,7 +123,9 @@ class BranchRule:
         return _fold(name, kernel, convolution.get("bias"), affine, statistics, self.epsilon)
 
     def _rounded(self, fused: Convolution, stored: Sequence[Tree]) -> dict[str, Any]:
-        """In the dtype of the convolutions that were stored, where the first of them is."""
+        """Round the fused convolution to the common dtype of the stored ones, and place it where the first of them
+        lies.
+        """
         dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(stored)))
         return {key: _rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
 
@@ -119,27 +140,30 @@ def branch_rule(
     epsilon: float = 1e-5,
     all_required: bool = False,
 ) -> BranchRule:
-    """Build the rule for blocks of parallel convolution + batch-norm branches from the names they carry.
+    """Build a rule for blocks of parallel branches, each a convolution with a batch norm, from the names they carry.
 
-    A node is a block where it holds at least one of `convolutions`, itself a node with the children `conv`
-    (`kernel`, perhaps `bias`) and `norm` (in params, in batch_stats, or both). All branches are folded, padded to the
-    largest kernel and summed; other children of the node (squeeze-excite, say) pass through untouched.
+    A node is a block where one of its children is named in `convolutions` and has a child `conv` with a `kernel` and
+    perhaps a `bias`. Each such branch must also have a batch norm `norm`: its `mean` and `var` in batch_stats, and in
+    params its `scale` and `bias`, where it has them. All branches are folded, padded to the largest kernel and summed.
+    Other children of the node, such as squeeze-excite, pass through unchanged.
 
     Args:
-      convolutions: the names of the convolution branches.
-      identity: the name of the branch that is a batch norm alone, if blocks may have one.
-      into: the name of the fused convolution, `{kernel, bias}`, in the new node.
-      conv: the name of the convolution inside a branch.
-      norm: the name of the batch norm inside a branch.
-      epsilon: of every batch norm in the block.
-      all_required: whether a block must have all of `convolutions`.
+      convolutions: Names of the convolution branches. At least one must be there.
+      identity: Name of the branch that consists of a batch norm alone, or None. A block may lack it.
+      into: Name of the fused convolution, `{kernel, bias}`, in the new node.
+      conv: Name of the convolution inside a branch.
+      norm: Name of the batch norm inside a branch.
+      epsilon: The epsilon of every batch norm in the block.
+      all_required: Whether a block must have all of `convolutions`.
 
     Returns:
-      The rule. It raises a ValueError that says what was found and expected where a block is malformed:
-      branches that lack a part, kernels that are not rank 4, shapes that do not belong together, missing
-      statistics, statistics that are not finite, negative variances.
+      The rule. Where a block is malformed, the rule raises a ValueError that says what was found and what was expected.
+      A block is malformed if a branch lacks a part, a kernel is not of rank 4, shapes do not belong together,
+      statistics are missing or not finite, or a variance is negative.
 
     Example:
+      >>> import numpy as np
+      >>> from repvgg_jax.reparam import branch_rule
       >>> timm_like = branch_rule(("conv_kxk", "conv_1x1"), identity="identity", into="reparam_conv")
       >>> timm_like(("head",), {"kernel": np.ones((4, 2))}, {}) is None
       True
@@ -148,9 +172,19 @@ def branch_rule(
 
 
 def repvgg_rule(epsilon: float = 1e-5) -> FirstMatch:
-    """The rule for the networks of this package: RepVGG blocks fuse, RepVGGplus' auxiliary heads go.
+    """Build the rule for the networks of this package: it fuses RepVGG blocks and drops the auxiliary heads of
+    RepVGGplus.
 
-    Auxiliary heads serve training only; the deploy form has none (official repository, `repvggplus.py`).
+    Auxiliary heads serve training only. The deploy form has none.
+
+    Args:
+      epsilon: The epsilon of the batch norms.
+
+    Returns:
+      The rule.
+
+    References:
+      The official repository, https://github.com/DingXiaoH/RepVGG, `repvggplus.py`.
     """
     block = branch_rule(
         ("branch_3x3", "branch_1x1"),
@@ -186,7 +220,10 @@ def _check_branch(name: str, branch: Any, statistics: Any, conv: str, norm: str)
 
 
 def _require_one_plane(name: str, kernel: Any, vectors: Tree) -> None:
-    """See that a kernel is of one 2-D convolution; the vectors of its norm tell a stack from another rank."""
+    """Raise a ValueError unless a kernel is of one 2-D convolution.
+
+    The vectors of its norm tell a stack of kernels from a kernel of another rank.
+    """
     stacked = max((vector.ndim - 1 for vector in vectors.values()), default=0)
     if kernel.ndim == 4 and stacked <= 0:
         return
@@ -205,7 +242,7 @@ def _require_one_plane(name: str, kernel: Any, vectors: Tree) -> None:
 
 
 def _identity_beside(beside: Convolution, name: str, statistics: Tree) -> Array:
-    """The kernel of a batch norm alone, in the groups of a convolution beside it."""
+    """Return the kernel of a batch norm alone, in the groups of a convolution beside it."""
     in_channels, out_channels = beside.kernel.shape[2:]
     mean = statistics.get("mean", beside.bias)
     if mean.shape != (out_channels,) or out_channels % in_channels:
@@ -253,7 +290,7 @@ def _is_concrete(leaf: Any) -> bool:
 
 
 def _lift(tree: Any) -> Any:
-    """Concrete arrays become float64 on the host, so that the fold rounds once; tracers stay as they are."""
+    """Turn concrete arrays into float64 on the host, so that the fold rounds once. Tracers stay as they are."""
     if not all(_is_concrete(leaf) for leaf in jax.tree.leaves(tree)):
         return tree
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)

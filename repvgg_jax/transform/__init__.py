@@ -1,4 +1,4 @@
-"""Structural re-parameterization of any traced function. Imports `reparam` and `ops`, and JAX; knows no network."""
+"""Structural re-parameterization of any traced function. It imports `reparam`, `ops` and JAX, and knows no network."""
 
 from repvgg_jax.transform.merging.api import Reparameterized, reparameterize
 

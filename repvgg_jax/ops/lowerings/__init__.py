@@ -1,1 +1,1 @@
-"""The ways to compute one convolution: each a forward pass and two gradients, for the windows it supports."""
+"""The lowerings: each is one way to compute a convolution, as a forward pass and two gradients, for some windows."""

@@ -1,4 +1,4 @@
-"""What a lowering is: three functions that agree on one convolution."""
+"""The parts of a lowering: three functions that agree on one convolution, and the windows that they support."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,9 +15,9 @@ class Window(NamedTuple):
     """The static part of a 2-D convolution: everything but the two arrays.
 
     Attributes:
-        strides: (rows, columns).
-        padding: ((top, bottom), (left, right)), zeros, never negative.
-        groups: the input channels are split into this many independent convolutions.
+      strides: Strides of rows and columns.
+      padding: Zeros around the image, `((top, bottom), (left, right))`, never negative.
+      groups: Number of independent convolutions that the input channels are split into.
     """
 
     strides: tuple[int, int] = (1, 1)
@@ -25,7 +25,7 @@ class Window(NamedTuple):
     groups: int = 1
 
     def output_size(self, input_shape: Shape, kernel_shape: Shape) -> tuple[int, int]:
-        """Rows and columns of the output for NHWC and HWIO shapes."""
+        """Return the rows and columns of the output for NHWC and HWIO shapes."""
         rows, columns = (
             (size + low + high - kernel) // stride + 1
             for size, kernel, stride, (low, high) in zip(
@@ -35,9 +35,10 @@ class Window(NamedTuple):
         return rows, columns
 
     def backwards(self, kernel_shape: Shape) -> "Window | None":
-        """The window of the input gradient as a convolution of `dy` with the flipped kernel.
+        """Return the window of the input gradient as a convolution of `dy` with the flipped kernel.
 
-        None where it is no such convolution: at other strides than 1, or with more padding than taps to fill it.
+        It is None where the gradient is no such convolution: at other strides than 1, or with more padding than taps to
+        fill it.
         """
         rows, columns = (
             (taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel_shape[:2], self.padding, strict=True)
@@ -48,7 +49,7 @@ class Window(NamedTuple):
 
 
 def transposed(function: Callable[[jax.Array], jax.Array], shape: Shape, dy: jax.Array) -> jax.Array:
-    """The transpose of a linear function at `dy`, of this shape; dtype and mesh axes are those of `dy`."""
+    """Return the transpose of a linear function at `dy`, in the given shape; dtype and mesh axes are those of `dy`."""
     x, _ = varying_alike(jnp.zeros(shape, dy.dtype), dy)  # a shape alone could not say that it varies
     (dx,) = jax.linear_transpose(function, x)(dy)
     return dx
@@ -58,11 +59,11 @@ class Lowering(NamedTuple):
     """One way to compute a convolution and its two gradients, for NHWC images and HWIO kernels.
 
     Attributes:
-        name: for tables and messages.
-        supports: `(input_shape, kernel_shape, window) -> bool`; outside it the functions below may be wrong.
-        forward: `(x, kernel, window) -> y`.
-        input_gradient: `(dy, kernel, window, input_shape) -> dx`.
-        kernel_gradient: `(x, dy, window, kernel_shape) -> dkernel`.
+      name: The name in tables and messages.
+      supports: `(input_shape, kernel_shape, window) -> bool`. Where it is false, the functions below may be wrong.
+      forward: `(x, kernel, window) -> y`.
+      input_gradient: `(dy, kernel, window, input_shape) -> dx`.
+      kernel_gradient: `(x, dy, window, kernel_shape) -> dkernel`.
     """
 
     name: str

@@ -12,14 +12,14 @@ FEW_GROUPS = 8
 
 
 def by_group(lowering: Lowering) -> Lowering:
-    """Lifts a lowering of ungrouped convolutions to one of grouped convolutions.
+    """Turn a lowering of ungrouped convolutions into one of grouped convolutions.
 
     Args:
-        lowering: called with `groups=1`, once per group up to eight groups, and once under `jax.vmap` beyond, so that
-            the time to compile does not grow with the groups.
+      lowering: It is called with `groups=1`: once per group up to eight groups, and once under `jax.vmap` beyond, so
+        that the time to compile does not grow with the groups.
 
     Returns:
-        The lowering of the whole; where there is one group, `lowering` itself does the work.
+      The lowering of the whole. Where there is one group, `lowering` itself does the work.
     """
 
     def one(window: Window) -> Window:

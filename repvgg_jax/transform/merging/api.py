@@ -17,10 +17,10 @@ from repvgg_jax.transform.merging.report import Change, describe, totals
 
 
 class Reparameterized:
-    """A function of parameters and inputs, with its convolutions merged; `reparameterize` makes it.
+    """A function of parameters and inputs whose convolutions are merged. `reparameterize` makes it.
 
     Attributes:
-      params: the parameters by name: folded kernels and biases, and those variables that are used as they are.
+      params: The parameters by name: folded kernels and biases, and those variables that are used as they are.
     """
 
     params: dict[str, jax.Array]
@@ -47,17 +47,18 @@ class Reparameterized:
         self.params = {name: jax.device_put(value) for name, value in self._first.take_parameters().items()}
 
     def __call__(self, params: dict[str, jax.Array], *inputs: Any) -> Any:
-        """Compute what the function computes of the variables and these inputs.
+        """Compute what the original function computes of its variables and these inputs.
 
         Args:
-          params: as `self.params`, or others of the same names and shapes.
-          inputs: of any shapes that the function itself takes; it is traced anew for each.
+          params: `self.params`, or other arrays of the same names and shapes.
+          *inputs: Inputs of any shapes that the original function takes. It is traced anew for each combination of
+            shapes.
 
         Returns:
-          What the function returns.
+          What the original function returns.
 
         Raises:
-          ValueError: the parameters are not those of this function, or it needs others for inputs of these shapes.
+          ValueError: If `params` are not those of this function, or if inputs of these shapes need other parameters.
         """
         program, structure = self._program(inputs, None)
         differing = {
@@ -79,18 +80,22 @@ class Reparameterized:
 
     @property
     def totals(self) -> dict[str, Change]:
-        """'convolutions', 'multiply-adds' (for the inputs it was made with) and 'array elements', before and after."""
+        """What merging changed, by name: 'convolutions', 'multiply-adds' and 'array elements', each before and after.
+
+        Multiply-adds are counted for the inputs that the function was reparameterized with. Array elements are those of
+        the variables before, and of the parameters after.
+        """
         before = sum(int(np.prod(variable.shape)) for variable in self._variables)
         return totals(self._first, Change(before, sum(param.size for param in self.params.values())))
 
     def report(self) -> str:
-        """What was merged, what was left and why; convolutions, multiply-adds and array elements before and after."""
+        """Return a text that says what was merged, what was left apart and why, with the totals before and after."""
         return describe(self._first, self.totals)
 
     def _program(self, inputs: Sequence[Any], leaves: Sequence[Any] | None) -> tuple[Program, Any]:
-        """The program for inputs of these shapes, and the structure of its results.
+        """Return the program for inputs of these shapes, and the structure of its results.
 
-        The values of the variables are needed for the first alone.
+        The values of the variables are needed for the first program alone.
         """
         flat, tree = jax.tree.flatten(tuple(inputs))
         avals = tuple(map(_abstract, flat))
@@ -105,7 +110,7 @@ class Reparameterized:
         return self._programs[key]
 
     def _require_known(self, program: Program) -> None:
-        """A program for other inputs must do with the parameters that there are."""
+        """Raise a ValueError where a program for other inputs needs other parameters than there are."""
         known = {name: constant.fingerprint for name, constant in self._first.parameters.items()}
         unknown = [
             f"{name} {constant.stored_shape}"
@@ -151,26 +156,28 @@ def reparameterize(
 ) -> Reparameterized:
     """Merge the convolutions of a function, whatever library wrote it.
 
-    The function is traced, and read as a program. What does not depend on the inputs is computed once, in float64. What
-    is affine in an earlier value, by convolutions, batch norms in evaluation, scales, shifts, sums, padding by zeros
-    and means over windows, becomes one convolution of that value, where that is exact and takes no more multiply-adds;
-    everything else stays as it is.
+    The function is traced and read as a program. What does not depend on the inputs is computed once, in float64.
+    Convolutions, batch norms in evaluation, scales, shifts, sums, padding by zeros and means over windows are affine:
+    chains and sums of them around a convolution become one convolution of the value that they start from, where that is
+    exact and takes no more multiply-adds. Everything else stays as it is.
 
     Args:
-      function: of variables and inputs, e.g. `lambda v, x: model.apply(v, x, train=False)`; traceable by JAX.
-      variables: pytree of arrays.
-      inputs: examples of the inputs, arrays or `jax.ShapeDtypeStruct`, in pytrees. Later ones may have other shapes, as
-        long as the function takes them.
-      fewest_convolutions: merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as a 3×3, a
-        bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
+      function: A function of variables and inputs that JAX can trace, e.g.
+        `lambda v, x: model.apply(v, x, train=False)`.
+      variables: The variables, a pytree of arrays.
+      *inputs: Examples of the inputs, as pytrees of arrays or `jax.ShapeDtypeStruct`. Later inputs may have other
+        shapes, as long as the function takes them.
+      fewest_convolutions: Whether to merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as
+        a 3×3, a bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
       ops: "auto" computes the result by the fast lowerings of `repvgg_jax.ops`, "xla" by XLA's own convolutions, which
-        is what exporters to other formats can read.
+        exporters to other formats can read.
 
     Returns:
-      `fused`, with `fused(fused.params, *inputs)` equal to `function(variables, *inputs)`, and `fused.report()`.
+      A function `fused`. `fused(fused.params, *inputs)` equals `function(variables, *inputs)` up to rounding, and
+      `fused.report()` says what was merged.
 
     Raises:
-      ValueError: the variables are tracers, or `ops` is neither.
+      ValueError: If the variables are tracers, or `ops` is another.
 
     References:
       Ding et al., *RepVGG*, CVPR 2021, arXiv:2101.03697, section 3.3, and *Diverse Branch Block*, CVPR 2021,

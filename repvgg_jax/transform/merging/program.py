@@ -1,4 +1,4 @@
-"""The program that is left: a list of steps over numbered values and named parameters."""
+"""The program that is left after merging: a list of steps over numbered values and named parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from repvgg_jax.transform.merging.constants import Constant, is_key
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter by name; it is reshaped to `stored_shape` and broadcast to `shape`."""
+    """A parameter by name. It is reshaped to `stored_shape` and then broadcast to `shape`."""
 
     name: str
     stored_shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """An array that the function itself holds, in the shape it is stored in, broadcast to `shape`."""
+    """An array that the function itself holds, in the shape that it is stored in. It is broadcast to `shape`."""
 
     value: np.ndarray
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ Operand = Node | Parameter | Given
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Computes the values `results` from `operands`."""
+    """One step of a program. It computes the values `results` from `operands`."""
 
     run: Callable[..., Sequence[jax.Array]]
     operands: tuple[Operand, ...]
@@ -46,11 +46,17 @@ class Step:
     convolutions: int = 0
     multiply_adds: int = 0
     keep: bool = False
-    """Whether it stays though no output needs it: it prints, say."""
+    """Whether the step stays though no output needs it, because it prints, say."""
 
 
 class Group(NamedTuple):
-    """How many convolutions became how many, and in which scope of names."""
+    """A group of convolutions that were merged.
+
+    Attributes:
+      scope: The scope of names that the group stands in.
+      before: Number of convolutions in the function.
+      after: Number of convolutions in the program.
+    """
 
     scope: str
     before: int
@@ -59,17 +65,17 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Steps in order, and what was done to make them.
+    """A program: steps in order, and what was done to make them.
 
     Attributes:
-      inputs: the values that are given when it runs.
-      steps: that compute the others.
-      outputs: what it returns.
-      parameters: by name, in the order in which they were first read.
-      convolutions: of the function that was read.
-      multiply_adds: of the convolutions and products of that function.
-      groups: of convolutions that were merged.
-      reasons: why convolutions were not merged, and in which scopes.
+      inputs: Values that are given when the program runs.
+      steps: Steps that compute the other values.
+      outputs: What the program returns.
+      parameters: Parameters by name, in the order in which they were first read.
+      convolutions: Number of convolutions in the function that was read.
+      multiply_adds: Multiply-adds of the convolutions and products of that function.
+      groups: Groups of convolutions that were merged.
+      reasons: Reasons why convolutions were not merged, and the scopes that each holds for.
     """
 
     inputs: tuple[Node, ...]
@@ -82,14 +88,14 @@ class Program:
     reasons: Mapping[str, Sequence[str]]
 
     def take_parameters(self) -> dict[str, Any]:
-        """The parameters, computed in float64, rounded once and not kept here: they can be had once."""
+        """Return the parameters, computed in float64 and rounded once. They are not kept here: they can be had once."""
         values = {name: constant.rounded() for name, constant in self.parameters.items()}
         for constant in self.parameters.values():
             constant.forget()
         return values
 
     def run(self, parameters: Mapping[str, jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Compute the outputs."""
+        """Compute the outputs for parameters by name and inputs in order."""
         values: dict[Node, jax.Array] = dict(zip(self.inputs, inputs, strict=True))
 
         def get(operand: Operand) -> Any:
@@ -106,7 +112,7 @@ class Program:
 
 
 def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[..., Sequence[jax.Array]]:
-    """The step of a convolution: of source, kernel and, perhaps, bias."""
+    """Return the step of a convolution: a function of source, kernel and, perhaps, bias."""
     spatial = len(window.strides)
     numbers = lax.ConvDimensionNumbers(window.source_axes, (spatial + 1, spatial, *range(spatial)), window.axes)
 

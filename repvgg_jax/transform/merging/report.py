@@ -1,4 +1,4 @@
-"""What `reparameterize` did, in words and figures."""
+"""Words and figures for what `reparameterize` did."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from repvgg_jax.transform.merging.program import Program
 
 
 class Change(NamedTuple):
-    """A figure before and after."""
+    """A figure before and after merging.
+
+    Attributes:
+      before: The figure of the function.
+      after: The figure of the program.
+    """
 
     before: int
     after: int
 
 
 def totals(program: Program, elements: Change) -> dict[str, Change]:
-    """Convolutions, multiply-adds and array elements, before and after."""
+    """Return convolutions, multiply-adds and array elements, before and after."""
     return {
         "convolutions": Change(program.convolutions, sum(step.convolutions for step in program.steps)),
         "multiply-adds": Change(program.multiply_adds, sum(step.multiply_adds for step in program.steps)),
@@ -27,7 +32,7 @@ def totals(program: Program, elements: Change) -> dict[str, Change]:
 
 
 def describe(program: Program, figures: Mapping[str, Change]) -> str:
-    """Tables of the totals and of the groups, and what was left, with the reason."""
+    """Return tables of the totals and of the groups, and what was left apart, with the reason."""
     rows = [(name, f"{change.before:,}", f"{change.after:,}") for name, change in figures.items()]
     lines = [tabulate(rows, ("", "before", "after"), colalign=("left", "right", "right"))]
     merged = [group for group in program.groups if group.before > group.after]
