@@ -53,7 +53,7 @@ class Preprocess:
 
     Attributes:
       image_size: Side length of the square input in pixels.
-      channels: 1 for gray images, 3 for RGB.
+      channels: 1 for grey images, 3 for RGB.
       mean: Means of the channels, for pixels in [0, 1].
       std: Standard deviations of the channels, for pixels in [0, 1]; positive.
       eval_resize: Length in pixels to which the shorter side is resized before the centre is cropped, at least
@@ -93,8 +93,8 @@ def imagenet_preprocess(class_names: Sequence[str], *, image_size: int = 224, gr
       class_names: One name for each logit.
       image_size: Side length of the input in pixels. The shorter side is resized to 8/7 of it before the crop: 256 for
         224.
-      gray: Whether images are gray. Mean and standard deviation are then the averages over ImageNet's three channels,
-        since there are no published weights for gray images.
+      gray: Whether images are grey. Mean and standard deviation are then the averages over ImageNet's three channels,
+        since there are no published weights for grey images.
 
     Returns:
       The preprocessing, with ImageNet's mean and standard deviation.

@@ -1,4 +1,4 @@
-"""Image data sets, batches and on-device augmentation."""
+"""Image data sets, batches of them for training and evaluation, and augmentation on the device."""
 
 from repvgg_jax.data.augment.basic import (
     alternating_flip,

@@ -1,4 +1,4 @@
-"""What every data set looks like to the rest of the package."""
+"""The form that every data set has for the rest of the package."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from repvgg_jax.terminal import printable
 
 
 class Record(TypedDict):
-    """One decoded example: `image` is uint8 `(H, W, C)`, `label` an integer in `[0, num_classes)`."""
+    """One decoded example.
+
+    Attributes:
+      image: uint8 `(height, width, channels)`.
+      label: An integer in `[0, num_classes)`.
+    """
 
     image: np.ndarray
     label: int
 
 
 class Source(Protocol):
-    """Random access to records; a list of records is one too.
+    """Random access to records. A list of records is a source too.
 
-    A source may also offer `__getitems__(indices) -> list[Record]`, which batches are then read with.
+    A source may also offer `__getitems__(indices) -> list[Record]`. Batches are then read with it.
     """
 
     def __len__(self) -> int: ...
@@ -37,19 +42,19 @@ def read_records(source: Source, indices: Sequence[int]) -> Sequence[Record]:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """An image classification data set with a train and a test split.
+    """An image classification data set with a training and a test split.
 
     Attributes:
-      name: as given to `load_dataset`.
-      train: training records.
-      test: held-out records.
-      class_names: one name per label.
+      name: The name that was given to `load_dataset`.
+      train: Records to train on.
+      test: Records held out to test on.
+      class_names: One name for each label.
       channels: 1 (grey) or 3 (RGB), the same for every image.
-      image_shape: `(H, W)` where all images are declared to share one size, else None.
-      left_out: one line that says what lies among the images and is not read; empty where there is nothing.
+      image_shape: `(height, width)` where all images are declared to share one size, else None.
+      left_out: One line that says what lies among the images and is not read. It is empty where there is nothing.
 
     Raises:
-      ValueError: fewer than two classes.
+      ValueError: If there are fewer than two classes.
     """
 
     name: str
@@ -69,5 +74,5 @@ class ImageDataset:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
+        """Number of classes."""
         return len(self.class_names)

@@ -1,4 +1,4 @@
-"""From an encoded image to a uint8 array of the wanted size: one decoder and one crop for every source."""
+"""Decoding and cropping of images, from an encoded image to a uint8 array of the wanted size, for every source."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> np.ndarray:
-    """Decode an image and turns it upright, as its EXIF orientation says.
+    """Decode an image and turn it upright, as its EXIF orientation says.
 
-    Palettes, alpha, CMYK and 16 bits per channel are converted: alpha is dropped and 16 bits keep their upper 8. Of
-    several pictures in one file (animations, pages) the first is taken. Files end after at most 512 MiB, pictures
-    have at most 178,956,970 pixels, and no side is longer than 1000 times the other.
+    Palettes, alpha, CMYK and 16 bits per channel are converted: alpha is dropped, and 16 bits keep their upper 8. Where
+    a file holds several pictures (animations, pages), the first is taken. A file may have at most 512 MiB, a picture at
+    most 178,956,970 pixels, and no side may be longer than 1000 times the other.
 
     Args:
-      path_or_bytes: an image file, or its encoded content.
+      path_or_bytes: An image file, or its encoded content.
       channels: 1 for grey, 3 for RGB.
 
     Returns:
-      uint8 `(H, W, channels)`.
+      uint8 `(height, width, channels)`.
 
     Raises:
-      OSError: the file does not exist, may not be read, or is none (a directory, a pipe, a device).
-      ValueError: not an image that Pillow can decode, one beyond the limits, or one whose values have no known black
-        and white (floating point, 32-bit integers); the message names the file.
-      MemoryError: there is not enough memory for it; the message names the file.
+      OSError: If the file does not exist, may not be read, or is no regular file (a directory, a pipe, a device).
+      ValueError: If Pillow cannot decode it, it is beyond the limits, or its values have no known black and white
+        (floating point, 32-bit integers). The message names the file.
+      MemoryError: If there is not enough memory for it. The message names the file.
     """
     mode = _mode(channels)
     if isinstance(path_or_bytes, bytes):
@@ -89,7 +89,7 @@ def read_image(path_or_bytes: str | os.PathLike[str] | bytes, channels: int) -> 
 
 
 def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Convert uint8 `(H, W, C)` between grey (1) and RGB (3), by luma or by repetition."""
+    """Convert uint8 `(height, width, channels)` between grey (1) and RGB (3), by luma or by repetition."""
     mode = _mode(channels)
     if image.shape[-1] == channels:
         return image
@@ -97,19 +97,19 @@ def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def fit(image: np.ndarray, image_size: int, resize: int | None = None, interpolation: str = "bilinear") -> np.ndarray:
-    """Resizes the shorter side to `resize` (antialiased), then crops the centre square.
+    """Resize the shorter side of an image, with antialiasing, then crop the square at its centre.
 
     Args:
-      image: uint8 `(H, W, C)`.
-      image_size: side of the result.
-      resize: length of the shorter side before the crop, at least `image_size`; `image_size` when None.
-      interpolation: of the resizing, by Pillow's name in small letters, e.g. 'bicubic'.
+      image: uint8 `(height, width, channels)`.
+      image_size: Side length of the result in pixels.
+      resize: Length of the shorter side before the crop in pixels, at least `image_size`. None stands for `image_size`.
+      interpolation: How to resize, by Pillow's name in small letters, e.g. 'bicubic'.
 
     Returns:
-      uint8 `(image_size, image_size, C)`; the very same array where nothing is to be done.
+      uint8 `(image_size, image_size, channels)`. Where nothing is to be done, it is the same array.
 
     Raises:
-      ValueError: `resize` is smaller than `image_size`.
+      ValueError: If `resize` is smaller than `image_size`.
     """
     shorter = image_size if resize is None else resize
     if shorter < image_size:
@@ -141,7 +141,7 @@ def resize_image(
     box: tuple[float, float, float, float] | None = None,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Resizes uint8 `(H, W, C)`, or its `box` (left, top, right, bottom), to `size` (height, width)."""
+    """Resize uint8 `(height, width, channels)`, or its `box` (left, top, right, bottom), to `size` (height, width)."""
     resized = _to_pil(image).resize(size[::-1], Image.Resampling[interpolation.upper()], box=box)
     return np.asarray(resized).reshape(*size, image.shape[-1])
 
@@ -157,17 +157,17 @@ def random_resized_crop(
     """Crop a random box and resize it (bilinear, antialiased) to a square.
 
     Args:
-      image: uint8 `(H, W, C)`.
-      image_size: side of the result.
-      rng: source of randomness.
-      scale: bounds of the box's area, as a fraction of the image's.
-      ratio: bounds of the box's width over height, drawn log-uniformly.
+      image: uint8 `(height, width, channels)`.
+      image_size: Side length of the result in pixels.
+      rng: Source of randomness.
+      scale: Bounds of the box's area, as a fraction of the image's.
+      ratio: Bounds of the box's width over its height, which is drawn log-uniformly.
 
     Returns:
-      uint8 `(image_size, image_size, C)`.
+      uint8 `(image_size, image_size, channels)`.
 
     References:
-      Szegedy et al., Going deeper with convolutions, 2015; the algorithm is torchvision's RandomResizedCrop.
+      Szegedy et al., *Going Deeper with Convolutions*, CVPR 2015; the algorithm is torchvision's RandomResizedCrop.
     """
     left, top, width, height = _draw_box(image.shape[0], image.shape[1], rng, scale, ratio)
     return resize_image(image, (image_size, image_size), (left, top, left + width, top + height))
@@ -219,7 +219,7 @@ def _read_file(path: str | os.PathLike[str], name: str) -> bytes:
 
 
 def _refusal(image: Image.Image) -> str | None:
-    """Why an image that Pillow has opened is not decoded, or None."""
+    """Return why an image that Pillow has opened is not decoded, or None."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"it has {width} × {height} pixels; at most {MAX_PIXELS:,} are read; make it smaller"

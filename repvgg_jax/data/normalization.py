@@ -1,4 +1,4 @@
-"""Per-channel statistics of the training images."""
+"""Statistics of the training images by channel."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from repvgg_jax.preprocess import Normalization
 
 
 def measure_normalization(source: Source, *, image_size: int, channels: int, limit: int = 10_000) -> Normalization:
-    """Measure mean and standard deviation of the pixels, by channel, in units of [0, 1].
+    """Measure the mean and the standard deviation of the pixels by channel, in units of [0, 1].
 
     Args:
-      source: records to read.
-      image_size: images are resized and cropped to this size first, as in training.
-      channels: C, 1 or 3; images of the other kind are converted.
-      limit: at most so many images are read, evenly spaced.
+      source: Records to read.
+      image_size: Side length in pixels that images are resized and cropped to first, as by `fit`.
+      channels: 1 (grey) or 3 (RGB). Images of the other kind are converted.
+      limit: Largest number of images to read. They are spaced evenly.
 
     Returns:
-      C means and C standard deviations; that of a constant channel is given as 1.
+      A mean and a standard deviation for each channel. The standard deviation of a constant channel is given as 1.
 
     Raises:
-      ValueError: the source is empty or `limit` is less than 1.
+      ValueError: If the source is empty or `limit` is less than 1.
     """
     import grain
 

@@ -1,4 +1,4 @@
-"""Batches of images for the device: an endless shuffled stream to train on, one ordered pass to evaluate."""
+"""Batches of images for the device: an endless shuffled stream to train on, and one ordered pass to evaluate."""
 
 from __future__ import annotations
 
@@ -30,36 +30,35 @@ def train_iterator(
     shard: tuple[int, int] = (0, 1),
     num_workers: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """Yield shuffled training batches without end.
+    """Return an endless iterator over shuffled training batches.
 
-    Every epoch draws a new permutation of all records and has exactly
-    `len(source) // (batch_size * num_shards)` steps. Batches never mix epochs: the last
-    `len(source) % (batch_size * num_shards)` records of each permutation are left out, others each time.
-    Step for step, the shards together read the same records, cropped alike, as a single shard with
-    `num_shards` times the batch would.
+    Every epoch draws a new permutation of all records and has exactly `len(source) // (batch_size * num_shards)` steps.
+    Batches never mix epochs: the last `len(source) % (batch_size * num_shards)` records of each permutation are left
+    out, others each time. Step for step, the shards together read the same records, cropped alike, as a single shard
+    with `num_shards` times the batch would.
 
-    The stream is determined by the arguments. `get_state()` is JSON-serialisable (as long as `num_workers`
-    stays the same) and `set_state()` resumes with the very next batch. Call `close()` to end worker
-    processes.
+    The arguments determine the stream. `get_state()` returns a state that is JSON-serialisable, and `set_state()`
+    resumes with the very next batch, as long as `num_workers` stays the same. Call `close()` to end worker processes.
 
     Args:
-      source: records to draw from.
-      batch_size: records per batch and shard.
-      image_size: side S of the images.
-      channels: C, 1 or 3; images of the other kind are converted.
-      seed: determines order and crops.
-      crop: what to do with images of another size: "resize" as `fit`, the shorter side to `image_size` and
-        the centre of it; "random_resized" crops every image as `random_resized_crop`, anew each epoch.
+      source: Records to draw from.
+      batch_size: Number of records in a batch of one shard.
+      image_size: Side length of the images in pixels.
+      channels: 1 (grey) or 3 (RGB). Images of the other kind are converted.
+      seed: Seed of order and crops.
+      crop: What to do with images of another size. "resize" does what `fit` does: it resizes the shorter side to
+        `image_size` and takes the centre. "random_resized" crops every image as `random_resized_crop` does, anew in
+        each epoch.
       shard: `(index, count)` of this process.
-      num_workers: processes that read and decode; 0 reads in threads. Images kept in memory always use
-        a thread.
+      num_workers: Number of processes that read and decode. 0 reads in threads. Images that are kept in memory are
+        always read in a thread.
 
     Returns:
-      A grain iterator of `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,), "index": int32
-      (batch_size,)}`, the index being where in `source` a record lies.
+      A grain iterator over dicts of 'image', uint8 `(batch_size, image_size, image_size, channels)`, and 'label' and
+      'index', int32 `(batch_size,)`. The index says where in `source` a record lies.
 
     Raises:
-      ValueError: arguments out of range, or fewer records than one batch of every shard.
+      ValueError: If an argument is out of range, or there are fewer records than one batch of every shard.
     """
     import grain
 
@@ -101,26 +100,26 @@ def eval_batches(
     eval_resize: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Yield every record once, in order, in batches of one shape.
+    """Return an iterator over every record once, in order, in batches of one shape.
 
-    All shards yield the same number of batches, `ceil(len(source) / (batch_size * num_shards))`, and
-    shard i reads the records i, i + num_shards, …; what is missing from the last batch is zeros with a
-    false mask.
+    All shards have the same number of batches, `ceil(len(source) / (batch_size * num_shards))`. Shard i reads the
+    records i, i + num_shards, … What is missing from the last batch is zeros with a false mask.
 
     Args:
-      source: records to read.
-      batch_size: records per batch and shard.
-      image_size: side S of the images.
-      channels: C, 1 or 3; images of the other kind are converted.
-      eval_resize: length of the shorter side before the centre crop (e.g. 256 for 224); `image_size`
-        when None.
+      source: Records to read.
+      batch_size: Number of records in a batch of one shard.
+      image_size: Side length of the images in pixels.
+      channels: 1 (grey) or 3 (RGB). Images of the other kind are converted.
+      eval_resize: Length of the shorter side before the centre crop in pixels, e.g. 256 for 224. None stands for
+        `image_size`.
       shard: `(index, count)` of this process.
 
-    Yields:
-      `{"image": uint8 (batch_size, S, S, C), "label": int32 (batch_size,), "mask": bool (batch_size,)}`.
+    Returns:
+      An iterator over dicts of 'image', uint8 `(batch_size, image_size, image_size, channels)`, 'label', int32
+      `(batch_size,)`, and 'mask', bool `(batch_size,)`.
 
     Raises:
-      ValueError: arguments out of range.
+      ValueError: If an argument is out of range.
     """
     import grain
 
@@ -134,7 +133,7 @@ def eval_batches(
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Reads the records of an index array as one batch, each resized and cropped as `fit` does."""
+    """Reads the records of an index array as one batch, each resized and cropped as by `fit`."""
 
     source: Source
     image_size: int
@@ -159,7 +158,7 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class ReadCrop:
-    """Reads one record, cropped as `random_resized_crop` does."""
+    """Reads one record, cropped as by `random_resized_crop`."""
 
     source: Source
     image_size: int
@@ -173,7 +172,7 @@ class ReadCrop:
 
 
 def read_options(source: Source) -> grain.ReadOptions:
-    """How many threads should read: decoding releases the interpreter lock, copying from memory holds it."""
+    """Return how many threads should read: decoding releases the interpreter lock, copying from memory holds it."""
     import grain
 
     threads = 1 if isinstance(source, InMemory) else min(16, os.cpu_count() or 1)

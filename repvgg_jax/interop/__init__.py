@@ -1,1 +1,1 @@
-"""Ways in and out: PyTorch state dicts, deployable safetensors."""
+"""Networks and weights in other formats: PyTorch, safetensors, ONNX, StableHLO, Flax NNX and the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""What a `deploy.safetensors` says of its tensors: which network they are of, and which images it takes."""
+"""The metadata of a `deploy.safetensors`: which network its tensors are of, and which images it takes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class DeployMetadata:
     """The network of a deploy form and the preprocessing of its images.
 
     Attributes:
-      variant: the published network the model derives from, e.g. 'repvgg_a0'.
-      num_classes: width of the head.
-      strides: of the stem and of stage 1 to 4.
-      dilations: of the stem and of stage 1 to 4.
-      depths: blocks in stage 1 to 4.
-      width_multiplier: of the channels of stage 1 to 4.
-      epsilon: of the norms that were folded.
-      preprocess: of the images.
+      variant: Published network that the model derives from, e.g. 'repvgg_a0'.
+      num_classes: Number of classes, the width of the head.
+      strides: Strides of the stem and of stage 1 to 4.
+      dilations: Dilations of the stem and of stage 1 to 4.
+      depths: Numbers of blocks in stage 1 to 4.
+      width_multiplier: Factors on the channels of stage 1 to 4.
+      epsilon: The epsilon of the batch norms that were folded.
+      preprocess: Preprocessing of the images.
 
     Raises:
-      ValueError: a field is of another type or out of range; the message names it.
+      ValueError: If a field is of another type or out of range. The message names it.
     """
 
     variant: str
@@ -74,8 +74,13 @@ class DeployMetadata:
     def of(cls, variant: str, model: RepVGG, preprocess: Preprocess) -> DeployMetadata:
         """Describe a deploy form.
 
+        Args:
+          variant: Published network that the model derives from.
+          model: The network in its deploy form.
+          preprocess: Preprocessing of its images.
+
         Raises:
-          ValueError: the model does not derive from the variant, or as the class.
+          ValueError: If the model does not derive from the variant, or a field is out of range.
         """
         metadata = cls(
             variant=variant,
@@ -96,10 +101,10 @@ class DeployMetadata:
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str]) -> DeployMetadata:
-        """Parse the metadata of a file; fields of no meaning here are passed over.
+        """Parse the metadata of a file. Fields that have no meaning here are skipped.
 
         Raises:
-          ValueError: the format is another, or a field is missing, no JSON, of another type or out of range; the
+          ValueError: If the format is another, or a field is missing, not JSON, of another type or out of range. The
             message names it.
         """
         if strings.get("format") != FORMAT:
@@ -110,7 +115,7 @@ class DeployMetadata:
         return cls(**values, preprocess=Preprocess(**of_images))
 
     def to_strings(self) -> dict[str, str]:
-        """The metadata of a file, which `from_strings` parses; all but `format` and `variant` are JSON."""
+        """Return the metadata of a file for `from_strings` to parse. All values but `format` and `variant` are JSON."""
         fields = {**vars(self), **vars(self.preprocess)}
         fields["versions"] = {
             "repvgg_jax": VERSION,
@@ -120,10 +125,10 @@ class DeployMetadata:
         return {"format": FORMAT, "variant": self.variant, **of_json}
 
     def create_model(self) -> RepVGG:
-        """Build the network, in its deploy form.
+        """Build the network in its deploy form.
 
         Raises:
-          ValueError: `create_model` of the package refuses a field.
+          ValueError: If `repvgg_jax.create_model` refuses a field.
         """
         model = create_model(
             self.variant,
@@ -137,7 +142,7 @@ class DeployMetadata:
         return model.clone(dilations=self.dilations)
 
     def abstract_params(self) -> Any:
-        """The tree of parameters of the network, as shapes and dtypes."""
+        """Return the tree of the network's parameters, as shapes and dtypes."""
         return abstract_variables(self.create_model(), self.preprocess.channels)["params"]
 
 

@@ -1,4 +1,4 @@
-"""What every exported file asks of a deploy form, and which ONNX opsets there are; needs no extra."""
+"""What every exported file asks of a deploy form, and which ONNX opsets there are. It needs no extra."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from repvgg_jax.preprocess import Preprocess
 
 # The operators of the graph have the same meaning and the same attributes in all of them.
 OPSETS = range(11, 22)
+"""The ONNX opsets that graphs can be written in."""
 OPSET = 17
+"""The ONNX opset that graphs are written in by default."""
 # One message of protobuf, which an ONNX file is, and one buffer of flatbuffers hold no more. Less what is no weight.
 _LARGEST_FILE = 2**31 - 2**20
 
@@ -34,21 +36,21 @@ def require_exportable(
     image_size: int | None,
     preprocess: Preprocess | None,
 ) -> int:
-    """See that a network can be written with its weights inside, before anything is built.
+    """Check that a network can be written with its weights inside, before anything is built.
 
     Args:
-      model: to be in its deploy form.
-      variables: of that model, `{'params'}`.
-      batch_size: images in a batch, or None.
-      image_size: side of the images in pixels, or None.
-      preprocess: to be baked in, or None.
+      model: The network, which must be in its deploy form.
+      variables: Its variables, `{'params'}`.
+      batch_size: Number of images in a batch, or None for any.
+      image_size: Side length of the images in pixels, or None for any.
+      preprocess: Preprocessing to be built in, or None.
 
     Returns:
-      The channels of its images.
+      The number of channels of its images.
 
     Raises:
-      ValueError: the model is in its training form, a size is less than 1, `preprocess` is that of another network, or
-        the weights do not fit into one file.
+      ValueError: If the model is in its training form, a size is less than 1, `preprocess` is that of another network,
+        or the weights do not fit into one file.
     """
     require_deploy_form(model)
     for name, size in (("batch_size", batch_size), ("image_size", image_size)):

@@ -1,4 +1,4 @@
-"""Weights that PyTorch code trained, fused into a `deploy.safetensors` and proven."""
+"""PyTorch weights, fused into a `deploy.safetensors` and proven."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _FLOAT64_TOLERANCE, _FLOAT32_TOLERANCE = 1e-9, 1e-4
 
 
 class FusedWeights(NamedTuple):
-    """What became of a file of weights.
+    """The result of fusing a file of weights.
 
     Attributes:
-      agreement: how the logits of both forms compare in float32; None where the weights are of a deploy form already.
-      source: which weights of the file were taken, in words.
+      agreement: How the logits of both forms compare in float32, or None where the weights were of a deploy form
+        already.
+      source: Words that say which weights of the file were taken.
     """
 
     agreement: Agreement | None
@@ -51,27 +52,29 @@ def fuse_weights(
 ) -> FusedWeights:
     """Fuse a file of PyTorch weights and save the deploy form.
 
-    There are no test images to verify on, so both forms see images of noise: in float64, where they must agree to
-    1e-9 of the largest logit, and in float32, to 1e-4.
+    There are no test images to verify on, so both forms see images of noise. In float64 they must agree to 1e-9 of the
+    largest logit, and in float32 to 1e-4.
 
     Args:
-      path: of weights in either form; see `load_weights`. Those of a deploy form are saved as they are.
-      variant: the published network they are of.
-      output: the file to write; None verifies alone.
-      entry: which weights to take of a file that holds several; see `load_weights`.
-      class_names: one for each logit; 'class 0', … where not given.
-      image_size: side length in pixels of the images the network is for; normalised as for ImageNet, gray ones by the
-        averages of ImageNet's three channels.
-      strides: of the stem and of stage 1 to 4.
+      path: The file of weights, in either form; see `load_weights`. Weights of a deploy form are saved as they are.
+      variant: The published network that the weights are of.
+      output: The file to write. None verifies without writing.
+      entry: Which weights to take from a file that holds several; see `load_weights`.
+      class_names: One name for each class. By default they are 'class 0', 'class 1' and so on.
+      image_size: Side length in pixels of the images that the network is for. They are normalised as for ImageNet, grey
+        ones by the averages over ImageNet's three channels.
+      strides: Strides of the stem and of stage 1 to 4.
 
     Returns:
       How the two forms compare, and which weights of the file were taken.
 
     Raises:
-      EquivalenceError: the forms are not the same function; nothing is written.
-      FileNotFoundError, ValueError, ImportError: as `load_weights`; or there are not as many names as classes,
-        `output` is the file of the weights, or it is wanted of weights for images that are neither gray nor RGB.
-      OSError: the file cannot be written.
+      EquivalenceError: If the two forms are not the same function. Nothing is written then.
+      FileNotFoundError: If there is no such file.
+      ValueError: If `load_weights` raises one, there are not as many names as classes, `output` is the file of the
+        weights, or a file is to be written for images that are neither grey nor RGB.
+      ImportError: If the file takes PyTorch to read, and it is not installed.
+      OSError: If the output cannot be written.
     """
     variant = canonical_name(variant)
     if output is not None:

@@ -1,4 +1,4 @@
-"""Weights that timm publishes on the Hugging Face Hub, trained by the authors of RepVGG. Needs the extra `[hub]`."""
+"""Weights that timm publishes on the Hugging Face Hub, trained by the authors of RepVGG. It needs the extra `[hub]`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _PUBLISHED = (
 
 
 class Pretrained(NamedTuple):
-    """A published network, in its training form.
+    """A published network in its training form.
 
     Attributes:
-      model: of the variant; `fuse_model(model, variables)` gives its deploy form.
-      variables: `{'params', 'batch_stats'}`.
-      preprocess: of the images, as the weights were evaluated.
-      revision: commit of the repository on the hub that the weights are of; pass it to get the same again.
+      model: The network. `fuse_model(model, variables)` gives its deploy form.
+      variables: Its variables, `{'params', 'batch_stats'}`.
+      preprocess: Preprocessing that the weights were evaluated with. Classes are named 'class 0' and so on where the
+        hub has no names for them.
+      revision: Commit of the repository on the hub. Pass it to `load_pretrained` to get the same weights again.
     """
 
     model: RepVGG
@@ -38,10 +39,10 @@ class Pretrained(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """The fields of timm's `config.json` that say something of images and classes.
+    """The fields of timm's `config.json` that describe images and classes.
 
     Raises:
-      ValueError: a field is of another type or out of range; the message names it.
+      ValueError: If a field is of another type or out of range. The message names it.
     """
 
     input_size: tuple[int, int, int]
@@ -70,7 +71,7 @@ class _Config:
 
     @classmethod
     def read(cls, path: Path) -> _Config:
-        """Parse the file; older ones have the fields of images at the top, newer ones under `pretrained_cfg`."""
+        """Parse the file. Older ones have the fields of images at the top, newer ones under `pretrained_cfg`."""
         config = read_object(path)
         of_images = config.get("pretrained_cfg", config)
         if not isinstance(of_images, dict):
@@ -87,7 +88,7 @@ class _Config:
         return cls(**values)
 
     def preprocess(self) -> Preprocess:
-        """What the network expects of an image; the classes have no names yet."""
+        """Return the preprocessing of an image; the classes have no names yet."""
         channels, size, _ = self.input_size
         return Preprocess(
             image_size=size,
@@ -111,25 +112,26 @@ def load_pretrained(
 ) -> Pretrained:
     """Download weights trained on ImageNet, or take them from the cache of an earlier download.
 
-    The repository is `timm/NAME.rvgg_in1k` (MIT licence, https://github.com/DingXiaoH/RepVGG); its `config.json` tells
+    The repository is `timm/NAME.rvgg_in1k` (MIT licence, https://github.com/DingXiaoH/RepVGG). Its `config.json` holds
     the preprocessing.
 
     Args:
-      name: 'repvgg_a0', a1, a2, b0, b1, b1g4, b2, b2g4, b3, b3g4 or d2se.
-      revision: a commit of the repository to stay with, or a branch.
-      num_classes: of the model; 1000 where not given. Other numbers take `head="reinit"`.
-      head: "reinit" initialises the classifier for `num_classes`.
-      key: random key for "reinit".
-      cache_dir: of huggingface_hub; its own (~/.cache/huggingface/hub) where not given.
+      name: 'repvgg_a0', or the same with a1, a2, b0, b1, b1g4, b2, b2g4, b3, b3g4 or d2se.
+      revision: A commit of the repository, to stay with it, or a branch.
+      num_classes: Number of classes of the model, by default the 1000 of the weights. Another number takes
+        `head="reinit"`.
+      head: "load" takes the classifier of the weights, "reinit" initialises one for `num_classes`.
+      key: Random key for "reinit", by default `jax.random.key(0)`.
+      cache_dir: Directory of huggingface_hub's cache, by default its own (~/.cache/huggingface/hub).
 
     Returns:
-      The network, in its training form.
+      The network in its training form.
 
     Raises:
-      ValueError: there are no published weights of that name, they do not fit, or a field of `config.json` is missing,
-        of another type or out of range; the message names file and field.
-      ImportError: huggingface_hub is not installed.
-      ConnectionError: the hub cannot be reached, and the weights are not in the cache.
+      ValueError: If there are no published weights of that name or revision, they do not fit, or a field of
+        `config.json` is missing, of another type or out of range. The message names file and field.
+      ImportError: If huggingface_hub is not installed.
+      ConnectionError: If the hub cannot be reached, and the weights are not in the cache.
     """
     variant = canonical_name(name)
     if variant not in _PUBLISHED:

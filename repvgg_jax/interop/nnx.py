@@ -1,4 +1,4 @@
-"""Flax NNX: modules that hold RepVGG blocks, to variables that `fuse` takes, and back."""
+"""Flax NNX: from modules that hold RepVGG blocks to variables that `fuse` takes, and back."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ _COLLECTIONS: dict[str, type[nnx.Variable[Any]]] = {"params": nnx.Param, "batch_
 def to_variables(module: nnx.Module | nnx.State) -> dict[str, Any]:
     """Take parameters and batch statistics out of an NNX module.
 
-    The module may be a network of this package in `nnx.bridge.ToNNX`, or NNX code of its own whose blocks carry the
-    names a rule expects: attributes `branch_3x3.conv`, `branch_3x3.bn`, … for `fuse`, any for `fuse_with`.
+    The module may be a network of this package in `nnx.bridge.ToNNX`. It may also be NNX code of its own whose blocks
+    carry the names that a rule expects: attributes `branch_3x3.conv`, `branch_3x3.bn`, … for `fuse`, and any names for
+    `fuse_with`.
 
     Args:
-      module: the module, or its `nnx.state`. Variables other than `nnx.Param` and `nnx.BatchStat` are left out.
+      module: The module, or its `nnx.state`. Variables other than `nnx.Param` and `nnx.BatchStat` are left out.
 
     Returns:
-      `{'params': …, 'batch_stats': …}`, nested by attribute; numbers of list entries become strings. Where there are no
-      batch statistics, `{'params': …}`.
+      A dict of 'params' and 'batch_stats', nested by attribute. Numbers of list entries become strings. 'batch_stats'
+      is left out where the module has none.
 
     Raises:
-      ValueError: there is no parameter.
+      ValueError: If the module holds no parameter.
     """
     variables: dict[str, Any] = {}
     for path, variable in _flat(module).items():
@@ -48,17 +49,17 @@ def to_variables(module: nnx.Module | nnx.State) -> dict[str, Any]:
 
 
 def update_module(module: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Put variables into an NNX module, in place: the inverse of `to_variables`.
+    """Put variables into an NNX module in place. It is the inverse of `to_variables`.
 
-    For a deploy form, `update_module(deploy_module, fuse(to_variables(module)))`.
+    `update_module(deploy_module, fuse(to_variables(module)))` fills a deploy form.
 
     Args:
-      module: with a parameter or batch statistic for every leaf, and no others.
+      module: A module with a parameter or batch statistic for every leaf of the variables, and no others.
       variables: `{'params': …, 'batch_stats': …}`, nested by attribute.
 
     Raises:
-      ValueError: leaves that are missing, unexpected or of another shape, all named in one message; the module is as it
-        was.
+      ValueError: If leaves are missing, unexpected or of another shape. One message names them all, and the module is
+        left unchanged.
     """
     held = {
         (collection, *path): variable

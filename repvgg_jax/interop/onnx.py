@@ -1,4 +1,4 @@
-"""The deploy form as an ONNX graph: one Conv and one Relu per block, then pooling and one Gemm. Extra `[onnx]`."""
+"""The deploy form as an ONNX graph: a Conv and a Relu a block, pooling and one Gemm. It needs the extra `[onnx]`."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def to_onnx(
     """Build the ONNX graph of a deploy form, in float32.
 
     Args:
-      model: in its deploy form.
-      variables: of that model, `{'params'}`.
-      batch_size: images in a batch; any number where not given.
-      image_size: side of the images; any size where not given.
-      layout: of the images. NHWC costs one Transpose.
-      preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
-        Otherwise images are normalised float32, and results logits.
-      softmax: with `preprocess`, whether results are probabilities; logits where not.
-      opset: version of the operators, from 11 (2019) to 21 (2024). The file says the oldest IR version that has it,
-        so that every runtime of the opset reads it: 17 is for ONNX Runtime 1.13 and everything since.
+      model: The network in its deploy form.
+      variables: Its variables, `{'params'}`.
+      batch_size: Number of images in a batch, or None for any number.
+      image_size: Side length of the images in pixels, or None for any height and width.
+      layout: Layout of the images. "NHWC" costs one Transpose.
+      preprocess: Preprocessing to build in. The graph then takes uint8 pixels, resized and cropped already, and returns
+        probabilities. Without it, the graph takes normalised float32 images and returns logits.
+      softmax: Whether a graph with `preprocess` returns probabilities; otherwise it returns logits.
+      opset: Version of the operators, from 11 (2019) to 21 (2024). The file names the oldest IR version that has it, so
+        that every runtime of the opset reads it: 17 is for ONNX Runtime 1.13 and everything since.
 
     Returns:
-      The model; `onnx.save` writes it. Its input is `images`, its output `logits` or `probabilities`, float32
+      The model, which `onnx.save` writes. Its input is `images`. Its output is `logits` or `probabilities`, float32
       `(batch, num_classes)`. With `preprocess`, its metadata hold `class_names`, one a line.
 
     Raises:
-      ValueError: the model is in its training form, `opset` or `layout` is another, a size is less than 1,
+      ValueError: If the model is in its training form, `opset` or `layout` is another, a size is less than 1,
         `preprocess` is that of another network, or the weights take 2 GiB, which no ONNX file holds.
 
     Example:
@@ -118,13 +118,17 @@ def to_onnx(
 def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray]:
     """Read a file with the graph of `to_onnx` into ONNX Runtime, on the CPU.
 
+    Args:
+      path: The file.
+
     Returns:
-      A function from images to logits, or from pixels to probabilities, in the layout of the graph.
+      A function from images to logits, or from pixels to probabilities, in the layout of the graph. It takes and
+      returns NumPy arrays.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ImportError: onnxruntime is missing.
-      ValueError: ONNX Runtime does not read it: it is damaged, no such file, or too new for this version.
+      FileNotFoundError: If there is no such file.
+      ImportError: If onnxruntime is not installed.
+      ValueError: If ONNX Runtime does not read it, because it is damaged, no ONNX file, or too new for this version.
     """
     require_runtime()
     import onnxruntime
@@ -145,7 +149,7 @@ def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray
 
 
 def require_runtime() -> None:
-    """Raise an ImportError where there is no ONNX Runtime, with the command that installs it."""
+    """Raise an ImportError, with the command that installs it, where there is no ONNX Runtime."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError as missing:

@@ -1,4 +1,4 @@
-"""`deploy.safetensors`: the deploy form's weights and everything needed to use them, in one file."""
+"""`deploy.safetensors`: the weights of a deploy form and everything that is needed to use them, in one file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ _FLOATS = ("F16", "BF16", "F32", "F64", "float16", "bfloat16", "float32", "float
 
 
 class Deployed(NamedTuple):
-    """A network ready to use: `model.apply(variables, images, train=False)`."""
+    """A network ready to use: `model.apply(variables, images, train=False)`.
+
+    Attributes:
+      model: The network in its deploy form.
+      variables: Its variables, `{'params'}`, in float32.
+      preprocess: Preprocessing of its images, and the names of its classes.
+      metadata: All metadata of the file, as strings.
+    """
 
     model: RepVGG
     variables: dict[str, Any]
@@ -49,21 +56,21 @@ def save_deploy(
 ) -> None:
     """Write a deploy form to one safetensors file, whole or not at all.
 
-    Tensors are named by their path, `stage1_block1.reparam.kernel`, in this package's layouts (HWIO). The metadata
-    are strings: `variant`, `num_classes`, `class_names`, `strides`, `dilations`, `depths`, `width_multiplier`,
-    `image_size`, `channels`, `mean`, `std`, `eval_resize`, `interpolation`, `epsilon` (of the norms that were folded),
-    and `versions`; all but `format` and `variant` are JSON.
+    Tensors are named by their path, `stage1_block1.reparam.kernel`, and are in this package's layouts (HWIO). The
+    metadata are strings: `format`, `variant`, `num_classes`, `class_names`, `strides`, `dilations`, `depths`,
+    `width_multiplier`, `image_size`, `channels`, `mean`, `std`, `eval_resize`, `interpolation`, `epsilon` (of the batch
+    norms that were folded) and `versions`. All but `format` and `variant` are JSON.
 
     Args:
-      path: of the file.
-      variant: the published network the model derives from, e.g. 'repvgg_a0'.
-      model: in its deploy form.
-      variables: `{'params': …}` as `fuse` returned them.
-      preprocess: of the images.
+      path: The file to write.
+      variant: Published network that the model derives from, e.g. 'repvgg_a0'.
+      model: The network in its deploy form.
+      variables: Its variables, `{'params': …}`, as `fuse` returned them.
+      preprocess: Preprocessing of its images, and the names of its classes.
 
     Raises:
-      ValueError: the model is in its training form, or `load_deploy` would refuse the file.
-      OSError: the file cannot be written.
+      ValueError: If the model is in its training form, or `load_deploy` would refuse the file.
+      OSError: If the file cannot be written.
     """
     require_deploy_form(model)
     metadata = DeployMetadata.of(variant, model, preprocess)
@@ -78,16 +85,16 @@ def load_deploy(path: str | os.PathLike[str]) -> Deployed:
     """Read a file that `save_deploy` wrote.
 
     Args:
-      path: of the file. Tensors of float16, bfloat16 or float64 are taken too, and become float32.
+      path: The file. Tensors of float16, bfloat16 or float64 are taken too, and become float32.
 
     Returns:
-      `(model, variables, preprocess, metadata)`, the model in its deploy form, the variables in float32.
+      `(model, variables, preprocess, metadata)`, with the model in its deploy form and the variables in float32.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      OSError: the file cannot be read.
-      ValueError: the file is damaged, is not a `deploy.safetensors` of this package, or its tensors do not fit
-        its metadata or hold values that are not finite; the message names file and field or tensors.
+      FileNotFoundError: If there is no such file.
+      OSError: If the file cannot be read.
+      ValueError: If the file is damaged or no `deploy.safetensors` of this package, or if its tensors do not fit its
+        metadata or hold values that are not finite. The message names the file, and the field or the tensors.
     """
     path = Path(path)
     if not path.exists():
@@ -124,7 +131,7 @@ def _read(file: Any) -> Deployed:
 
 
 def _require_fitting(metadata: DeployMetadata, tensors: Mapping[str, _Tensor]) -> Any:
-    """See that tensors are those of a network, and return its tree of shapes; reads no values."""
+    """Check that tensors are those of a network, and return its tree of shapes. No values are read."""
     if sum(metadata.depths) > len(tensors):
         raise ValueError(
             f"depths are {metadata.depths}, with {len(tensors)} tensors: expected at least two tensors for each block"

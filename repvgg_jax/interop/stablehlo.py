@@ -1,4 +1,4 @@
-"""The deploy form as StableHLO, through `jax.export`: weights inside, for any platform. Extra `[stablehlo]`."""
+"""The deploy form as StableHLO, through `jax.export`: weights inside, for any platform. It needs `[stablehlo]`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Preprocess, normalize
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+"""The platforms that a file is for by default."""
 
 
 def to_stablehlo(
@@ -30,27 +31,27 @@ def to_stablehlo(
     softmax: bool = True,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
-    """Serialise a deploy form, in float32, weights included.
+    """Serialise a deploy form in float32, weights included.
 
-    `jax.export.deserialize(data).call(images)` runs it, on any of the platforms, with jax alone.
+    `jax.export.deserialize(data).call(images)` runs it on any of the platforms. That takes JAX and flatbuffers alone.
 
     Args:
-      model: in its deploy form.
-      variables: of that model, `{'params'}`.
-      batch_size: images in a batch; any number where not given.
-      image_size: side of the images; any height and width where not given.
-      preprocess: bake it in: images are then uint8 pixels, resized and cropped already, and results probabilities.
-        Otherwise images are normalised float32, and results logits.
-      softmax: with `preprocess`, whether results are probabilities; logits where not.
-      platforms: of 'cpu', 'cuda', 'rocm', 'tpu'.
+      model: The network in its deploy form.
+      variables: Its variables, `{'params'}`.
+      batch_size: Number of images in a batch, or None for any number.
+      image_size: Side length of the images in pixels, or None for any height and width.
+      preprocess: Preprocessing to build in. The program then takes uint8 pixels, resized and cropped already, and
+        returns probabilities. Without it, the program takes normalised float32 images and returns logits.
+      softmax: Whether a program with `preprocess` returns probabilities; otherwise it returns logits.
+      platforms: Platforms that the program is for, of 'cpu', 'cuda', 'rocm' and 'tpu'.
 
     Returns:
-      What `jax.export.Exported.serialize` returns, as bytes. Images are `(batch, height, width, channels)`.
+      The bytes that `jax.export.Exported.serialize` returns. Images are `(batch, height, width, channels)`.
 
     Raises:
-      ValueError: the model is in its training form, a size is less than 1, `preprocess` is that of another network,
+      ValueError: If the model is in its training form, a size is less than 1, `preprocess` is that of another network,
         or the weights take 2 GiB, which no such file holds.
-      ImportError: flatbuffers is missing.
+      ImportError: If flatbuffers is not installed.
     """
     require_serializer()
     channels = require_exportable(model, variables, batch_size=batch_size, image_size=image_size, preprocess=preprocess)
@@ -74,7 +75,7 @@ def to_stablehlo(
 
 
 def require_serializer() -> None:
-    """Raise an ImportError where there is no flatbuffers, with the command that installs it."""
+    """Raise an ImportError, with the command that installs it, where there is no flatbuffers."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError as missing:
@@ -84,13 +85,16 @@ def require_serializer() -> None:
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
     """Read a file with the bytes of `to_stablehlo`.
 
+    Args:
+      path: The file.
+
     Returns:
-      A function from images to logits, or from pixels to probabilities; compiled once for each shape.
+      A function from images to logits, or from pixels to probabilities. It is compiled once for each shape of images.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ImportError: flatbuffers is missing.
-      ValueError: it is damaged, or no such file.
+      FileNotFoundError: If there is no such file.
+      ImportError: If flatbuffers is not installed.
+      ValueError: If the file is damaged, or holds something else.
     """
     require_serializer()
     data = Path(path).read_bytes()

@@ -40,7 +40,7 @@ def layers(
       ops: The operations that the layers compute by, see `RepVGG`.
 
     Returns:
-      The constructors by name: 'conv', 'norm' and 'dense'.
+      The constructors by their names 'conv', 'norm' and 'dense'.
     """
     dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
     return {

@@ -34,8 +34,8 @@ def batch_norm_train(
       epsilon: Added to the variance, in the dtype of the statistics.
 
     Returns:
-      `(y, mean, var)`: `y` has the shape and dtype of `x`; `mean` and `var` are `(channels,)` in at least float32. The
-      variance is the biased one, divided by batch · height · width.
+      The arrays `(y, mean, var)`. `y` has the shape and dtype of `x`; `mean` and `var` are `(channels,)` in at least
+      float32. The variance is the biased one, divided by batch · height · width.
 
     References:
       Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.

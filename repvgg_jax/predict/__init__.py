@@ -1,4 +1,4 @@
-"""What a trained network sees in images."""
+"""Classification of image files by a trained network."""
 
 from __future__ import annotations
 

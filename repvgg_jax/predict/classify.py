@@ -1,4 +1,4 @@
-"""What a trained network sees in images."""
+"""Classification of image files by a trained network."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Prediction(NamedTuple):
     """What a network sees in one image.
 
     Attributes:
-      classes: `(name, probability)`, the likeliest first.
-      error: why there are no classes, without the path; or None.
+      path: Path of the image.
+      classes: Pairs `(name, probability)`, the likeliest first.
+      error: Why there are no classes, without the path, or None.
     """
 
     path: str
@@ -39,20 +40,20 @@ class Prediction(NamedTuple):
 def predict(
     deployed: Deployed, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Classify image files, as the network's evaluation would: resized, centre-cropped and normalised alike.
+    """Classify image files. Each is resized, centre-cropped and normalised as in the network's evaluation.
 
     Args:
-      deployed: from `load_deploy`.
-      paths: of image files.
-      top: classes per image, at most as many as there are.
-      batch_size: images per call of the network; the next batch is decoded, in threads, while it computes.
+      deployed: The network, from `load_deploy`.
+      paths: Paths of image files.
+      top: Number of classes for each image, at most as many as there are.
+      batch_size: Number of images in a call of the network. The next batch is decoded, in threads, while it computes.
 
     Yields:
-      One prediction for each path, in order. A file that is missing or cannot be decoded has an `error`, and so has one
-      that is no regular file, or takes more memory than there is.
+      A prediction for each path, in order. It has an `error` where the file is missing, no regular file, not to be
+      decoded, or larger than memory.
 
     Raises:
-      ValueError: `top` or `batch_size` is less than 1.
+      ValueError: If `top` or `batch_size` is less than 1.
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
@@ -86,7 +87,7 @@ def predict(
 
 
 def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:
-    """The image as the network takes it, or why there is none."""
+    """Return the image as the network takes it, or why there is none."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()  # raises why it cannot be read

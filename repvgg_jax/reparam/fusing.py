@@ -26,10 +26,10 @@ def fuse(variables: Variables, *, epsilon: float = 1e-5) -> Variables:
       epsilon: The epsilon of the batch norms. The variables do not hold it; `fuse_model` reads it from the model.
 
     Returns:
-      The variables of the deploy form, in a container of the same type. Each block is `{'reparam': {'kernel', 'bias'}}`
-      beside its other children, which are unchanged, in the dtype of its convolutions. Auxiliary heads of RepVGGplus
-      are left out. Other collections are kept, and so are batch statistics that belong to no block; a `batch_stats`
-      that ends up empty is left out.
+      The variables of the deploy form, in a container of the same type. The branches of each block become a child
+      `reparam` with `kernel` and `bias`, in the dtype of its convolutions; its other children are unchanged. Auxiliary
+      heads of RepVGGplus are left out. Other collections are kept, and so are batch statistics that belong to no block;
+      a `batch_stats` that ends up empty is left out.
 
     Raises:
       ValueError: If there is no block, the tree is fused already, a block is malformed, or `variables` is no such tree.

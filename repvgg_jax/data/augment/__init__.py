@@ -1,1 +1,1 @@
-"""Augmentation on the device: pure functions of a key and a batch."""
+"""Augmentation on the device: pure functions of a key and a batch, with static shapes."""

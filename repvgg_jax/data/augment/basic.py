@@ -1,4 +1,4 @@
-"""Augmentation on the device: pure, deterministic by key, static shapes."""
+"""Crops, mirroring, cutout and colour jitter on the device: pure, deterministic by key, with static shapes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding: int) -> jax.Array:
-    """Pad with zeros on every side, then crops each image back to its size at its own random offset.
+    """Pad images with zeros on every side, then crop each back to its size at a random offset of its own.
 
     Args:
-      key: random key.
-      images: `(B, H, W, C)`, any dtype.
-      padding: pixels added on each side; must be static under jit. 0 returns the images as they are.
+      key: Random key.
+      images: `(batch, height, width, channels)`, any dtype.
+      padding: Number of pixels added on each side. It must be static under `jit`. 0 returns the images as they are.
 
     Returns:
-      `(B, H, W, C)` of the same dtype.
+      Images of the same shape and dtype.
 
     Raises:
-      ValueError: negative padding.
+      ValueError: If `padding` is negative.
     """
     if padding < 0:
         raise ValueError(f"padding (={padding}) must not be negative")
@@ -39,11 +39,11 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirror each image left to right with probability one half.
 
     Args:
-      key: random key.
-      images: `(B, H, W, C)`, any dtype.
+      key: Random key.
+      images: `(batch, height, width, channels)`, any dtype.
 
     Returns:
-      `(B, H, W, C)` of the same dtype.
+      Images of the same shape and dtype.
     """
     flip = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1], images)
@@ -56,13 +56,13 @@ def alternating_flip(key: jax.Array, images: jax.Array, indices: jax.Array, *, e
     half an image belongs to is drawn by its index, so that it is the same in every order and on every device.
 
     Args:
-      key: random key; the same in every epoch.
-      images: `(B, H, W, C)`, any dtype.
-      indices: integers `(B,)`, where each image lies in its data set.
-      epoch: integer; its parity counts.
+      key: Random key, the same in every epoch.
+      images: `(batch, height, width, channels)`, any dtype.
+      indices: Integers `(batch,)`: where each image lies in its data set.
+      epoch: Number of the epoch. Its parity decides which half is mirrored.
 
     Returns:
-      `(B, H, W, C)` of the same dtype.
+      Images of the same shape and dtype.
 
     References:
       Jordan, *94% on CIFAR-10 in 3.29 Seconds on a Single GPU*, arXiv:2404.00498 ("alternating flip").
@@ -74,21 +74,23 @@ def alternating_flip(key: jax.Array, images: jax.Array, indices: jax.Array, *, e
 
 
 def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
-    """Set one square of each image to zero; after `normalize`, zero is the channel mean.
+    """Set one square of each image to zero. After `normalize`, zero is the mean of the channel.
 
-    The centre is drawn uniformly over the pixels, so the square may lie partly outside (DeVries & Taylor, *Improved
-    Regularization of Convolutional Neural Networks with Cutout*, arXiv:1708.04552).
+    The centre of the square is drawn uniformly over the pixels, so it may lie partly outside of the image.
 
     Args:
-      key: random key.
-      images: `(B, H, W, C)`, any dtype.
-      size: side of the square in pixels; must be static under jit.
+      key: Random key.
+      images: `(batch, height, width, channels)`, any dtype.
+      size: Side length of the square in pixels. It must be static under `jit`.
 
     Returns:
-      `(B, H, W, C)` of the same dtype.
+      Images of the same shape and dtype.
 
     Raises:
-      ValueError: negative size.
+      ValueError: If `size` is negative.
+
+    References:
+      DeVries & Taylor, *Improved Regularization of Convolutional Neural Networks with Cutout*, arXiv:1708.04552.
     """
     if size < 0:
         raise ValueError(f"size (={size}) must not be negative")
@@ -103,21 +105,21 @@ def random_cutout(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
 
 
 def random_color_jitter(key: jax.Array, images: jax.Array, *, strength: float) -> jax.Array:
-    """Scale brightness, then contrast, then saturation of each image, clipping to 0..255 after each.
+    """Scale brightness, then contrast, then saturation of each image, and clip to 0..255 after each.
 
-    Contrast is the distance to the image's mean grey, saturation that to each pixel's own grey; grey is ITU-R 601's,
-    as in Pillow and torchvision. Images of one channel are grey, so saturation leaves them alone.
+    Contrast is the distance to the image's mean grey, saturation the distance to each pixel's own grey. Grey is that of
+    ITU-R 601, as in Pillow and torchvision. Images of one channel are grey, so saturation does not change them.
 
     Args:
-      key: random key.
-      images: `(B, H, W, C)`, C 1 or 3, values in 0..255.
-      strength: each image draws its three factors uniformly from [1 - strength, 1 + strength].
+      key: Random key.
+      images: `(batch, height, width, channels)` with 1 or 3 channels, values in 0..255.
+      strength: Each image draws its three factors uniformly from [1 - strength, 1 + strength].
 
     Returns:
-      float32 `(B, H, W, C)`, values in 0..255.
+      float32 `(batch, height, width, channels)`, values in 0..255.
 
     Raises:
-      ValueError: the strength is not in [0, 1], or C is not 1 or 3.
+      ValueError: If `strength` is not in [0, 1], or there are not 1 or 3 channels.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength (={strength}) must be in [0, 1]")
@@ -135,7 +137,7 @@ def _scale_from(origin: jax.Array, images: jax.Array, factor: jax.Array) -> jax.
 
 
 def grey(images: jax.Array) -> jax.Array:
-    """Luminance by ITU-R 601, `(…, C)` floating point to `(…, 1)`; images of one channel are their own."""
+    """Return the luminance by ITU-R 601, from `(…, C)` floating point to `(…, 1)`. One channel is its own luminance."""
     if images.shape[-1] == 1:
         return images
     weights = jnp.expand_dims(jnp.array([0.299, 0.587, 0.114]), range(images.ndim - 1))

@@ -1,8 +1,8 @@
-"""Mixing images and targets of a batch on the device: mixup and CutMix.
+"""Mixing of images and targets of a batch on the device: mixup and CutMix.
 
-Both blend each image with a partner, by a map of weights: mixup's is one number everywhere, CutMix's is 0 in a box
-and 1 outside. The target is blended by the map's mean. The partner is the next image of the batch: batches are
-shuffled already, and a neighbour mostly lies on the same device.
+Both blend each image with a partner by a map of weights. That of mixup is one number everywhere; that of CutMix is 0 in
+a box and 1 outside. The target is blended by the mean of the map. The partner is the next image of the batch: batches
+are shuffled already, and a neighbour mostly lies on the same device.
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ import jax.numpy as jnp
 
 
 def mixup_weights(key: jax.Array, size: tuple[int, int], *, alpha: float) -> jax.Array:
-    """One weight for the whole image, from Beta(alpha, alpha) (Zhang et al., *mixup*, arXiv:1710.09412).
+    """Return mixup's map of weights: one weight for the whole image, drawn from Beta(alpha, alpha).
 
     Args:
-      key: random key.
-      size: `(H, W)`.
-      alpha: more than 0.
+      key: Random key.
+      size: `(height, width)`.
+      alpha: Parameter of the distribution, more than 0.
 
     Returns:
-      float32 `(H, W)`.
+      float32 `(height, width)`.
+
+    References:
+      Zhang et al., *mixup: Beyond Empirical Risk Minimization*, arXiv:1710.09412.
     """
     return jnp.full(size, jax.random.beta(key, alpha, alpha), jnp.float32)
 
 
 def cutmix_weights(key: jax.Array, size: tuple[int, int], *, alpha: float) -> jax.Array:
-    """0 in a box, 1 outside (Yun et al., *CutMix*, arXiv:1905.04899).
+    """Return CutMix's map of weights: 0 in a box and 1 outside.
 
-    The box has the image's aspect ratio and the share 1 - λ of its area, λ from Beta(alpha, alpha); its centre is
-    uniform over the pixels, and what lies outside the image is cut off.
+    The box has the image's aspect ratio and the share 1 - λ of its area, with λ from Beta(alpha, alpha). Its centre is
+    uniform over the pixels, and what lies outside of the image is cut off.
 
     Args:
-      key: random key.
-      size: `(H, W)`.
-      alpha: more than 0.
+      key: Random key.
+      size: `(height, width)`.
+      alpha: Parameter of the distribution, more than 0.
 
     Returns:
-      float32 `(H, W)`.
+      float32 `(height, width)`.
+
+    References:
+      Yun et al., *CutMix*, arXiv:1905.04899.
     """
     share_key, *centre_keys = jax.random.split(key, 3)
     ratio = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha))
@@ -53,9 +59,9 @@ def mix(images: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.
     """Blend every image, and its target, with the next of the batch.
 
     Args:
-      images: `(B, H, W, C)`, floating point.
-      targets: `(B, classes)`, rows that sum to 1.
-      weights: `(H, W)` in [0, 1], of the image itself.
+      images: `(batch, height, width, channels)`, floating point.
+      targets: `(batch, classes)`, rows that sum to 1.
+      weights: `(height, width)` in [0, 1], the weights of the image itself.
 
     Returns:
       Images and targets of the same shapes and dtypes.
@@ -68,20 +74,25 @@ def mix(images: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.
 def random_mix(
     key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup or CutMix with one draw for the batch; a fair coin decides where both are on.
+    """Apply mixup or CutMix to a batch, with one draw for all of it.
+
+    Each image is blended with the next of the batch. Where both are on, a fair coin decides.
 
     Args:
-      key: random key.
-      images: `(B, H, W, C)`, floating point.
-      targets: `(B, classes)`, rows that sum to 1.
-      mixup: alpha of mixup's Beta(alpha, alpha); 0 switches it off.
-      cutmix: alpha of CutMix's; 0 switches it off.
+      key: Random key.
+      images: `(batch, height, width, channels)`, floating point.
+      targets: `(batch, classes)`, rows that sum to 1.
+      mixup: The alpha of mixup's Beta(alpha, alpha). 0 switches it off.
+      cutmix: The alpha of CutMix's Beta(alpha, alpha). 0 switches it off.
 
     Returns:
-      Images and targets of the same shapes and dtypes; as they are where both are off.
+      Images and targets of the same shapes and dtypes, as they are where both are off.
 
     Raises:
-      ValueError: negative alpha.
+      ValueError: If an alpha is negative.
+
+    References:
+      Zhang et al., *mixup*, arXiv:1710.09412; Yun et al., *CutMix*, arXiv:1905.04899.
     """
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if alpha < 0:

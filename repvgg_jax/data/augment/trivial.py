@@ -1,8 +1,10 @@
 """TrivialAugment on the device: one operation an image, drawn uniformly, of a strength drawn uniformly.
 
-The operations and their ranges are those of the wide space (Müller & Hutter, *TrivialAugment: Tuning-free Yet
-State-of-the-Art Data Augmentation*, arXiv:2103.10158) and do what Pillow's do, but for rounding. Geometry takes the
-nearest pixel and fills with black.
+The operations and their ranges are those of the wide space of the paper. They do what Pillow's do, but for rounding.
+Geometric operations take the nearest pixel and fill with black.
+
+References:
+  Müller & Hutter, *TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation*, arXiv:2103.10158.
 """
 
 from __future__ import annotations
@@ -21,20 +23,23 @@ _MOST_DEGREES = 135.0
 
 
 def trivial_augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Apply to each image one operation of `OPERATIONS`.
+    """Change each image by one of the 14 operations of TrivialAugment, drawn at random with its strength.
 
-    Shapes are static, so every image pays for all operations and keeps one: 512 images of 32×32 pixels took 70 to
-    130 ms on two CPU cores.
+    Shapes are static, so every image pays for all operations and keeps one. 512 images of 32×32 pixels took 70 to 130
+    ms on two CPU cores.
 
     Args:
-      key: random key.
-      images: uint8 `(B, H, W, C)`, C 1 or 3.
+      key: Random key.
+      images: uint8 `(batch, height, width, channels)` with 1 or 3 channels.
 
     Returns:
-      uint8 `(B, H, W, C)`.
+      uint8 images of the same shape.
 
     Raises:
-      ValueError: the images are not uint8.
+      ValueError: If the images are not uint8.
+
+    References:
+      Müller & Hutter, *TrivialAugment*, arXiv:2103.10158; the operations are those of its wide space.
     """
     if images.dtype != jnp.uint8:
         raise ValueError(f"images are {images.dtype}: expected uint8, so augment before normalising")

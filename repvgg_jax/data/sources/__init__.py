@@ -1,1 +1,1 @@
-"""Where data sets come from: directories of images, what TFDS has prepared, and digits that need no download."""
+"""Sources of data sets: directories of images, what TFDS has prepared, and digits that need no download."""

@@ -1,7 +1,7 @@
-"""Handwritten digits that come with scikit-learn, as a TFDS data set: nothing to download.
+"""Handwritten digits that come with scikit-learn, as a TFDS data set. Nothing is downloaded.
 
 References:
-  Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+  Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEST_SIZE = 360
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 grey 8x8 digits, split by class into 1,437 for training and 360 for testing."""
+    """1,797 grey digits of 8×8 pixels, split by class into 1,437 for training and 360 for testing."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (TFDS reads a plain class attribute)
@@ -64,10 +64,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_digits(data_dir: str | os.PathLike[str] | None) -> None:
-    """Write the digits into `data_dir` in the TFDS layout, unless they are there; takes about a second.
+    """Write the digits into `data_dir` in the layout of TFDS, unless they are there. It takes about a second.
 
-    An interrupted run leaves nothing that would be read: TFDS writes beside the final directory and
-    renames at the end.
+    An interrupted run leaves nothing that would be read: TFDS writes beside the final directory and renames at the end.
     """
     with _quiet():
         builder = Digits(data_dir=str(tfds_directory(data_dir)), file_format="array_record")

@@ -1,4 +1,4 @@
-"""A directory of images, one subdirectory per class."""
+"""Directories of images with one subdirectory for each class."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ _NAMES_SHOWN = 10
 
 
 def load_folder(path: str | os.PathLike[str], *, seed: int = 0) -> ImageDataset:
-    """Read images from a directory; images are RGB, labels follow the sorted class names.
+    """Read images from a directory. Images are RGB, and labels follow the sorted names of the classes.
 
-    Two layouts: `PATH/train/CLASS/` with `PATH/test/CLASS/` (or `validation`, or `val`: the first that has
-    directories of the classes in train), and `PATH/CLASS/`, of which a fifth of each class, at least one image, is
-    drawn for testing. The images of a class are those that `find_images` finds in its directory and below. No directory
-    is read twice, whatever links lead to it: an image would have two labels, or be trained on and tested with.
+    There are two layouts. In the first, `PATH/train/CLASS/` lies beside `PATH/test/CLASS/`. Instead of `test` it may be
+    `validation` or `val`; the first of the three with directories of the classes in train is taken. In the second,
+    `PATH/CLASS/`, a fifth of each class, at least one image, is drawn for testing.
+
+    The images of a class are those that `find_images` finds in its directory and below. No directory is read twice,
+    whatever links lead to it: an image would otherwise have two labels, or be trained on and tested with.
 
     Args:
-      path: the directory.
-      seed: draws the test images of the second layout.
+      path: The directory.
+      seed: Seed that draws the test images of the second layout.
+
+    Returns:
+      The data set.
 
     Raises:
-      FileNotFoundError: the directory, its classes, a split, or the images of a class are missing.
-      OSError: a directory cannot be read.
-      ValueError: fewer than two classes, splits that have no classes, a class too small to split, or test classes that
-        are not in train.
+      FileNotFoundError: If the directory, its classes, a split, or the images of a class are missing.
+      OSError: If a directory cannot be read.
+      ValueError: If there are fewer than two classes, splits that have no classes, a class too small to split, or test
+        classes that are not in train.
     """
     root = expand_home(path)
     if not os.fspath(path):
@@ -82,7 +87,7 @@ def _class_directories(path: Path) -> list[str]:
 
 
 def _read_classes(path: Path, left_out: list[LeftOut], read: set[tuple[int, int]]) -> dict[str, list[str]]:
-    """The images of each class in a directory of class directories; what else is there goes to `left_out`.
+    """Return the images of each class in a directory of class directories. What else is there goes to `left_out`.
 
     Directories that are in `read` already are left out too; those of the classes are added.
     """
@@ -161,7 +166,10 @@ def _draw_split(classes: dict[str, list[str]], seed: int) -> tuple[dict[str, lis
 
 
 def _refuse_splits_as_classes(path: Path, names: list[str]) -> None:
-    """A class may be called 'train'; several such names, or nothing else, are splits that lie otherwise."""
+    """Raise a ValueError where names of classes are names of splits.
+
+    A class may be called 'train'. Several such names, or nothing else, are splits that lie otherwise.
+    """
     splits = [name for name in names if name.lower() in _SPLITS]
     if splits and (len(splits) > 1 or splits == names):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Find image files in directories: training and prediction both read what is found here, and nothing else."""
+"""Search for image files in directories. Training and prediction both read what is found here, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class LeftOut(NamedTuple):
     """Something that was found and is not read.
 
     Attributes:
-      kind: e.g. '.tif', 'broken link'.
+      kind: What it is, e.g. '.tif' or 'broken link'.
+      path: Its path.
     """
 
     kind: str
@@ -30,13 +31,13 @@ class LeftOut(NamedTuple):
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-      images: paths of image files.
-      directories: paths of directories that the search did not enter.
-      left_out: all else.
-      unreadable: for each directory that could not be read, the reason.
+      images: Paths of image files.
+      directories: Paths of directories that the search did not enter.
+      left_out: All else.
+      unreadable: The reason for each directory that could not be read.
     """
 
     images: list[str] = field(default_factory=list)
@@ -51,8 +52,11 @@ def list_directory(directory: str | os.PathLike[str]) -> Found:
     Links count as what they lead to. Hidden names, which start with a dot, and directories of the system such as
     `__MACOSX` are not mentioned at all.
 
+    Args:
+      directory: The directory.
+
     Returns:
-      What is in it, each list sorted by name. An image is a file with one of `EXTENSIONS`, in any case.
+      What is in it, each list sorted by name. An image is a file with one of `EXTENSIONS`, in capital or small letters.
     """
     found = Found()
     directory = str(Path(directory))
@@ -79,15 +83,15 @@ def list_directory(directory: str | os.PathLike[str]) -> Found:
 def find_images(directory: str | os.PathLike[str], read: set[tuple[int, int]] | None = None) -> Found:
     """Find the images in a directory and below it, as `list_directory` does in one.
 
-    Linked directories are entered, but none is read twice, and none that the directory itself lies in: links may lead
-    in circles.
+    Linked directories are entered, but none is read twice, and neither is one that the directory itself lies in: links
+    may lead in circles.
 
     Args:
-      directory: where to search.
-      read: directories (device, inode) that earlier searches have read; this one leaves them out, and adds its own.
+      directory: Where to search.
+      read: Directories (device, inode) that earlier searches have read. This one leaves them out, and adds its own.
 
     Returns:
-      What was found; the images are sorted by path, and no directory is left to enter.
+      What was found. The images are sorted by path, and no directory is left to enter.
     """
     found = Found()
     pending = deque([str(Path(directory))])
@@ -116,7 +120,7 @@ def find_images(directory: str | os.PathLike[str], read: set[tuple[int, int]] | 
 
 
 def describe_left_out(left_out: Iterable[LeftOut], root: str | os.PathLike[str]) -> str:
-    """One line that counts what was left out by kind, with an example of each; empty where nothing was."""
+    """Return one line that counts what was left out by kind, with an example of each; empty where nothing was."""
     kinds: dict[str, list[str]] = {}
     for kind, path in left_out:
         kinds.setdefault(kind, []).append(os.path.relpath(path, root))

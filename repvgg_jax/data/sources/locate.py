@@ -1,4 +1,4 @@
-"""Find a data set that TFDS has prepared on disk, or say how to get it there."""
+"""Search for a data set that TFDS has prepared on disk, with advice on how to get it there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 
 
 def tfds_directory(data_dir: str | os.PathLike[str] | None) -> Path:
-    """The directory of TFDS data sets: `data_dir`, else that which `TFDS_DATA_DIR` names, else `~/tensorflow_datasets`.
+    """Return the directory of TFDS data sets.
+
+    It is `data_dir`, or else that which `TFDS_DATA_DIR` names, or else `~/tensorflow_datasets`.
 
     Returns:
       An absolute path, so that nobody expands a `~` in it again.
 
     Raises:
-      FileNotFoundError: it begins with a home directory that is not known.
-      ValueError: its name is not UTF-8, as the files in it must have it.
+      FileNotFoundError: If it begins with a home directory that is not known.
+      ValueError: If its name is not UTF-8, as the files in it must have it.
     """
     root = expand_home(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
     try:
@@ -35,13 +37,13 @@ def tfds_directory(data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` and `~USER` at its beginning replaced by the home directory.
+    """Return a path with `~` or `~USER` at its beginning replaced by the home directory.
 
     Args:
-      path: as text, since a `Path` does not tell `./~USER`, which is a directory of that name, from `~USER`.
+      path: The path as text, since a `Path` does not tell `./~USER`, which is a directory of that name, from `~USER`.
 
     Raises:
-      FileNotFoundError: there is no such user, or no home directory is known.
+      FileNotFoundError: If there is no such user, or no home directory is known.
     """
     named = os.fspath(path)
     expanded = os.path.expanduser(named)
@@ -57,17 +59,17 @@ def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
     """Find the directory of a prepared data set, without importing its builder.
 
     Args:
-      name: `NAME[/CONFIG][:VERSION]`; the newest matching version is taken. The config may be left out
-        where only one is prepared.
-      data_dir: the directory that TFDS prepares into; its default when None.
+      name: `NAME[/CONFIG][:VERSION]`. The newest matching version is taken. The config may be left out where only one
+        is prepared.
+      data_dir: Directory that TFDS prepares into, or None for its default.
 
     Returns:
-      For example `DATA_DIR/cifar10/3.0.2`.
+      The directory, e.g. `DATA_DIR/cifar10/3.0.2`.
 
     Raises:
-      FileNotFoundError: `data_dir` is missing or the data set has not been prepared there; the message
-        gives the command that prepares it.
-      ValueError: no such name, several configs to choose from, or a `data_dir` that is not UTF-8.
+      FileNotFoundError: If `data_dir` is missing, or the data set has not been prepared there. The message gives the
+        command that prepares it.
+      ValueError: If there is no such name, there are several configs to choose from, or `data_dir` is not UTF-8.
     """
     root = tfds_directory(data_dir)
     match = _NAME.fullmatch(name)
@@ -97,7 +99,7 @@ def locate(name: str, data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
-    """The shell command that prepares a TFDS data set so that it can be read without TensorFlow."""
+    """Return the shell command that prepares a TFDS data set so that it can be read without TensorFlow."""
     return (
         'pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}, data_dir={str(data_dir)!r}, file_format='array_record')"
@@ -106,7 +108,7 @@ def prepare_command(name: str, data_dir: str | os.PathLike[str]) -> str:
 
 
 def _versions(parent: Path) -> list[Path]:
-    """Prepared versions, oldest first; what an interrupted preparation left behind has another name."""
+    """Return the prepared versions, oldest first. What an interrupted preparation left behind has another name."""
     if not parent.is_dir():
         return []
     found = [

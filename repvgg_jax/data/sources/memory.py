@@ -1,4 +1,4 @@
-"""Keep a small data set's decoded images in memory."""
+"""Decoded images of a small data set, kept in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEMORY_LIMIT = 512 * 2**20
 
 
 def keep_if_small(source: Source, image_shape: tuple[int, int] | None, channels: int) -> Source:
-    """Wrap `source` in `InMemory` where its images share one size and take at most 512 MiB."""
+    """Wrap a source in `InMemory` where its images share one size and take at most 512 MiB."""
     if image_shape is None or len(source) * image_shape[0] * image_shape[1] * channels > MEMORY_LIMIT:
         return source
     return InMemory(source, (*image_shape, channels))

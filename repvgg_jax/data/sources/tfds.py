@@ -1,4 +1,4 @@
-"""Read a data set that TFDS has prepared, without TensorFlow."""
+"""Data sets that TFDS has prepared, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from repvgg_jax.data.sources.memory import keep_if_small
 def load_prepared(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageDataset:
     """Open a prepared TFDS data set with an `image` and a `label`.
 
-    The test split is `test`, or `validation` where there is no `test` or it carries no labels (label -1,
-    as in `imagenet2012`). Images that share one size and take at most 512 MiB are decoded only once.
+    The test split is `test`, or `validation` where there is no `test` or it has no labels (label -1, as in
+    `imagenet2012`). Images that share one size and take at most 512 MiB are decoded only once.
 
     Args:
       name: `NAME[/CONFIG][:VERSION]`.
-      data_dir: the directory that TFDS prepares into; its default when None.
+      data_dir: Directory that TFDS prepares into, or None for its default.
+
+    Returns:
+      The data set.
 
     Raises:
-      FileNotFoundError: not prepared there; the message gives the command that prepares it.
-      ValueError: unknown name, unreadable file format, or features or splits that do not fit.
+      FileNotFoundError: If it is not prepared there. The message gives the command that prepares it.
+      ValueError: If the name is unknown, the file format cannot be read, or features or splits do not fit.
     """
     import tensorflow_datasets as tfds
 

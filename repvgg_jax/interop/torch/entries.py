@@ -1,7 +1,7 @@
-"""Where in what PyTorch code saved the weights of a network are: under which entry, behind which prefix.
+"""Where the weights of a network are in what PyTorch code saved: under which entry, behind which prefix.
 
 A *checkpoint* is any nesting of dicts. An *entry* is a dict in it, or the tensors of one that share a prefix, with the
-keys of a RepVGG: `{'model': …, 'ema': …}` has the entries 'model' and 'ema', Lightning's
+keys of a RepVGG: `{'model': …, 'ema': …}` has the entries 'model' and 'ema', and Lightning's
 `{'state_dict': {'model.stage0…': …, 'ema_model.module.stage0…': …}}` has 'state_dict.model' and
 'state_dict.ema_model.module'.
 """
@@ -33,11 +33,12 @@ class StateDict(NamedTuple):
     """The tensors of one network, and where they were.
 
     Attributes:
-      tensors: arrays or torch tensors, by the keys of an unwrapped module.
-      entry: they were taken from, dotted: 'model', 'state_dict.ema_model.module'; '.' is the checkpoint itself.
-      others: entries that hold a network, too.
-      left: keys beside the entry's that were left out, bookkeeping aside.
-      average: whether they are known for an average, by the entry's name or by a count of what was averaged.
+      tensors: Arrays or torch tensors, by the keys of an unwrapped module.
+      entry: Dotted name of the entry that they were taken from: 'model', 'state_dict.ema_model.module'; '.' is the
+        checkpoint itself.
+      others: Entries that hold a network too.
+      left: Keys beside the entry's that were left out, bookkeeping aside.
+      average: Whether they are known to be an average, by the entry's name or by a count of what was averaged.
     """
 
     tensors: dict[str, Any]
@@ -47,7 +48,7 @@ class StateDict(NamedTuple):
     average: bool = False
 
     def describe(self) -> str:
-        """In words for a terminal: which weights were taken, and what was there beside them."""
+        """Say in words for a terminal which weights were taken, and what was there beside them."""
         taken = "the weights at the top" if self.entry == TOP else f"the weights under {self.entry!r}"
         average = ", an average" if self.average else ""
         others = f"; there are others under {_quoted(self.others)}" if self.others else ""
@@ -56,7 +57,7 @@ class StateDict(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """Of a checkpoint: the dict, the prefix in its keys, and both as one dotted name."""
+    """An entry of a checkpoint: the dict, the prefix in its keys, and both as one dotted name."""
 
     holder: Mapping[Any, Any]
     prefix: str
@@ -74,15 +75,15 @@ def find_state_dict(checkpoint: Mapping[str, Any], entry: str | None = None) -> 
     """Find the tensors of a network in a state dict or in a checkpoint around one.
 
     Args:
-      checkpoint: as `torch.load` returns it, or a plain state dict.
-      entry: which weights to take, where there are several: a dotted name or a part of one, e.g. 'ema'; '.' for
-        those at the top. Where not given, an average is taken before the weights that it is of.
+      checkpoint: What `torch.load` returns, or a plain state dict.
+      entry: Which weights to take where there are several: a dotted name or a part of one, e.g. 'ema', or '.' for those
+        at the top. By default an average is taken before the weights that it is of.
 
     Returns:
       The tensors, without prefixes, optimizers, counters and `num_batches_tracked`.
 
     Raises:
-      ValueError: there is no such entry, several fit and none is the average of the others, keys have a prefix that
+      ValueError: If there is no such entry, several fit and none is the average of the others, keys have a prefix that
         others lack, or a value is no dense tensor.
     """
     entries = list(_entries(checkpoint, (), set()))
@@ -100,7 +101,7 @@ def find_state_dict(checkpoint: Mapping[str, Any], entry: str | None = None) -> 
 
 
 def _entries(node: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[_Entry]:
-    """All entries below a dict, each dict once: a file can hold one under two names, or inside itself."""
+    """Yield all entries below a dict, each dict once: a file can hold one under two names, or inside itself."""
     seen.add(id(node))
     prefixes = dict.fromkeys(
         split[0] for key, value in node.items() if _is_tensor(value) and (split := _split(key)) is not None
@@ -115,7 +116,7 @@ def _entries(node: Mapping[Any, Any], path: tuple[str, ...], seen: set[int]) -> 
 
 
 def _split(key: Any) -> tuple[str, str] | None:
-    """The prefix of a key of a RepVGG block, and the key without it and without wrappers."""
+    """Return the prefix of a key of a RepVGG block, and the key without it and without wrappers."""
     names = key.split(".") if isinstance(key, str) else []
     for start, name in enumerate(names):
         if _UNITS.match(name) and _PARTS.intersection(names[start:]):
@@ -145,7 +146,7 @@ def _choose(entries: list[_Entry], entry: str | None) -> _Entry:
 
 
 def _collect(chosen: _Entry, entries: list[_Entry]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors of an entry, and the keys beside them that are of no entry."""
+    """Return the tensors of an entry, and the keys beside them that are of no entry."""
     prefixes = [each.prefix for each in entries if each.holder is chosen.holder]
     tensors: dict[str, Any] = {}
     left = []
@@ -170,7 +171,7 @@ def _collect(chosen: _Entry, entries: list[_Entry]) -> tuple[dict[str, Any], lis
 
 
 def _of_another_network(checkpoint: Mapping[str, Any], entry: str | None) -> StateDict:
-    """The tensors of a state dict without one block of RepVGG: they are what they are, for the error to name."""
+    """Return the tensors of a state dict without one block of RepVGG: they are what they are, for the error to name."""
     state_dict, path = checkpoint, list[str]()
     while nested := [name for name in _USUAL if isinstance(state_dict.get(name), Mapping)]:
         if len(path) == _DEEPEST:
@@ -199,7 +200,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_counter(key: str, value: Any) -> bool:
-    """Whether it is bookkeeping: counters of norms and of averages, epochs, rates, settings."""
+    """Whether a value is bookkeeping: counters of norms and of averages, epochs, rates, settings."""
     *parents, leaf = key.split(".")
     if leaf in _LEAVES:
         return False

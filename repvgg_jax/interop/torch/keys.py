@@ -1,8 +1,8 @@
-"""What PyTorch code calls the leaves of a RepVGG, and how it lays them out. Needs no torch.
+"""The names that PyTorch code has for the leaves of a RepVGG, and how it lays them out. It needs no PyTorch.
 
 Layouts:
-  official: https://github.com/DingXiaoH/RepVGG (`stage1.0.rbr_dense.conv.weight`, `linear.weight`; RepVGGplus
-    nests blocks, `stage1.blocks.0…`, and splits stage 3 in `stage3_first` and `stage3_second`).
+  official: https://github.com/DingXiaoH/RepVGG (`stage1.0.rbr_dense.conv.weight`, `linear.weight`; RepVGGplus nests
+    blocks, `stage1.blocks.0…`, and splits stage 3 in `stage3_first` and `stage3_second`).
   timm: https://github.com/huggingface/pytorch-image-models, `timm/models/byobnet.py`
     (`stages.0.0.conv_kxk.conv.weight`, `head.fc.weight`).
 """
@@ -51,23 +51,23 @@ _LEAVES = {
 
 
 def find_layout(keys: Iterable[str]) -> Layout:
-    """Whose names these are: the official repository's, or timm's."""
+    """Return the layout that names are of: the official repository's, or timm's."""
     return "timm" if any(key.startswith("stem.") for key in keys) else "official"
 
 
 def torch_key(model: RepVGG, path: Path, layout: Layout) -> str:
-    """The state-dict key of one leaf.
+    """Return the state-dict key of one leaf.
 
     Args:
-      model: the network; RepVGGplus (`auxiliary_heads=True`) has keys of its own in the official layout.
-      path: e.g. `('params', 'stage1_block1', 'branch_3x3', 'conv', 'kernel')`.
+      model: The network. RepVGGplus (`auxiliary_heads=True`) has keys of its own in the official layout.
+      path: Path of the leaf, e.g. `('params', 'stage1_block1', 'branch_3x3', 'conv', 'kernel')`.
       layout: "official" or "timm".
 
     Returns:
-      E.g. `'stage1.0.rbr_dense.conv.weight'`.
+      The key, e.g. 'stage1.0.rbr_dense.conv.weight'.
 
     Raises:
-      ValueError: timm has no RepVGGplus.
+      ValueError: If the network is a RepVGGplus, which timm does not have.
     """
     plus = model.auxiliary_heads
     if plus and layout == "timm":
@@ -106,17 +106,17 @@ STEMS = (("params", "stem", "reparam", "kernel"), ("params", "stem", "branch_3x3
 
 
 def stem_keys(model: RepVGG, layout: Layout) -> list[str]:
-    """Keys that the kernel of the stem can have."""
+    """Return the keys that the kernel of the stem can have."""
     return [torch_key(model, path, layout) for path in STEMS]
 
 
 def expected_shapes(model: RepVGG, layout: Layout, in_channels: int) -> dict[Path, tuple[str, tuple[int, ...]]]:
-    """Key and shape of each leaf on the other side, by its path in the variables; kernels are OIHW there.
+    """Return key and shape of each leaf in PyTorch, by its path in the variables. Kernels are OIHW there.
 
     Args:
-      model: in the form of the state dict.
+      model: The network, in the form of the state dict.
       layout: "official" or "timm".
-      in_channels: of the images.
+      in_channels: Number of channels of the images.
     """
     leaves = by_path(abstract_variables(model, in_channels)).items()
     # A broadcast zero has the shape and takes no memory.
@@ -125,7 +125,7 @@ def expected_shapes(model: RepVGG, layout: Layout, in_channels: int) -> dict[Pat
 
 
 def by_path(tree: Any) -> dict[Path, Any]:
-    """The leaves of a tree of dicts by their path."""
+    """Return the leaves of a tree of dicts by path."""
     return {tuple(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
@@ -135,7 +135,7 @@ def is_head(names: Path) -> bool:
 
 
 def to_torch_layout(names: Path, value: np.ndarray) -> np.ndarray:
-    """From HWIO to OIHW; dense kernels are transposed."""
+    """Turn a kernel from HWIO into OIHW. Dense kernels are transposed."""
     if value.ndim == 4:
         return value.transpose(3, 2, 0, 1)
     if value.ndim == 2:
@@ -146,7 +146,7 @@ def to_torch_layout(names: Path, value: np.ndarray) -> np.ndarray:
 
 
 def from_torch_layout(names: Path, value: np.ndarray) -> np.ndarray:
-    """The inverse of `to_torch_layout`."""
+    """Turn a kernel from PyTorch's layout into this package's: the inverse of `to_torch_layout`."""
     if _is_squeeze_excite(names):
         return value[:, :, 0, 0].T
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T

@@ -1,4 +1,4 @@
-"""Weights that do not fit a model: in a few lines what differs, and which published network they are of."""
+"""Weights that do not fit a model: a few lines on what differs, and which published network they are of."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLASSIFIERS = ("linear.weight", "head.fc.weight")
 
 
 class Architecture(NamedTuple):
-    """What sets one RepVGG apart from another; the fields are those of the model."""
+    """The settings that tell one RepVGG from another. The fields are those of the model."""
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
@@ -37,18 +37,18 @@ class Architecture(NamedTuple):
 def require_fit(
     model: RepVGG, layout: Layout, expected: Shapes, found: Shapes, heads: set[str], *, ignore_heads: bool
 ) -> None:
-    """See that a state dict has the keys and shapes of a model.
+    """Check that a state dict has the keys and shapes of a model.
 
     Args:
-      model: for the message.
-      layout: whose names the keys are.
-      expected: shapes by key, of the model.
-      found: shapes by key, of the state dict.
-      heads: the keys of the classifiers.
-      ignore_heads: whether those may be anything.
+      model: The model, for the message.
+      layout: The layout that the keys are of.
+      expected: Shapes of the model by key.
+      found: Shapes of the state dict by key.
+      heads: Keys of the classifiers.
+      ignore_heads: Whether the classifiers may be anything.
 
     Raises:
-      ValueError: they differ; the message names the first few keys of each kind, and the published network that the
+      ValueError: If they differ. The message names the first few keys of each kind, and the published network that the
         weights are of.
     """
     differing = {name for name in {*expected, *found} if expected.get(name) != found.get(name)}
@@ -68,7 +68,7 @@ def require_fit(
 
 
 def _examples(differing: set[str], expected: Shapes, found: Shapes) -> list[str]:
-    """A few of the keys that differ, of each kind; kernels first, which say the most."""
+    """Return a line for a few of the keys that differ, of each kind; kernels first, which say the most."""
     kinds: dict[str, list[str]] = {"shape": [], "missing": [], "unexpected": []}
     for name in sorted(differing, key=lambda name: (-len(expected.get(name, found.get(name, ()))), name)):
         shown = printable(name)
@@ -85,7 +85,7 @@ def _examples(differing: set[str], expected: Shapes, found: Shapes) -> list[str]
 
 
 def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
-    """Which published network the weights are of, and what to do; nothing where that cannot be told."""
+    """Say which published network the weights are of, and what to do; nothing where that cannot be told."""
     architecture = _architecture(layout, found)
     if architecture is None:
         return ""
@@ -114,7 +114,7 @@ def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
 
 
 def _architecture(layout: Layout, found: Shapes) -> Architecture | None:
-    """Read off the 3×3 kernels, one a block; None where they are not those of a stem and four stages."""
+    """Read the architecture off the 3×3 kernels, one a block; None where they are not those of stem and four stages."""
     blocks: dict[tuple[int, bool, int], tuple[int, ...]] = {}
     for name, shape in found.items():
         match = re.fullmatch(_KERNEL[layout], name)
@@ -152,7 +152,7 @@ def _architecture_of(model: RepVGG) -> Architecture:
 
 
 def _strides(layout: Layout, found: Shapes) -> tuple[int, ...]:
-    """Of stem and stages, where an identity branch in the first block of one tells that it is 1; 2 elsewhere."""
+    """Return the strides of stem and stages: 1 where an identity branch in a first block tells so, 2 elsewhere."""
     first = {
         "official": r"stage(\d)(?:_first)?(?:\.blocks)?\.0\.rbr_identity\.weight",
         "timm": r"stages\.(\d)\.0\.identity\.weight",

@@ -1,4 +1,4 @@
-"""PyTorch state dicts of RepVGG, in the layouts of the official repository and of timm. Needs no torch."""
+"""PyTorch state dicts of RepVGG, in the layouts of the official repository and of timm. It needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -43,22 +43,25 @@ def from_state_dict(
     """Turn a PyTorch state dict into variables of a model.
 
     Args:
-      model: in the form the state dict is of; its `num_classes` must be the state dict's, unless `head` is "reinit".
-      state_dict: arrays or torch tensors by key, official or timm layout (recognised by its keys), or a checkpoint
-        around one, as `repvgg_jax.interop.torch.entries.find_state_dict` reads it: without the prefixes of wrappers,
-        counters and optimizers. Where it holds several, a warning is logged that says which was taken.
-      entry: which weights to take of a checkpoint, e.g. 'model' or 'ema'; the average where not given and there is one.
-      head: "reinit" initialises the classifiers anew, whatever the state dict holds of them: to fine-tune on other
-        classes.
-      key: random key for "reinit"; `jax.random.key(0)` where not given.
+      model: The network, in the form that the state dict is of. Its `num_classes` must be the state dict's, unless
+        `head` is "reinit".
+      state_dict: Arrays or torch tensors by key, in the official or the timm layout, which its keys tell apart. A
+        checkpoint around a state dict works too, as `repvgg_jax.interop.torch.entries.find_state_dict` reads it:
+        without the prefixes of wrappers, counters and optimizers. Where it holds several, a warning is logged that says
+        which was taken.
+      entry: Which weights to take from a checkpoint, e.g. 'model' or 'ema'. By default it is the average, if there is
+        one.
+      head: "load" takes the classifiers of the state dict. "reinit" initialises them anew, whatever the state dict
+        holds of them, to fine-tune on other classes.
+      key: Random key for "reinit", by default `jax.random.key(0)`.
 
     Returns:
-      `{'params', 'batch_stats'}` (deploy form: `{'params'}`) in the model's `param_dtype`, to the bit where the
-      dtypes are the same.
+      `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form, in the model's `param_dtype`. Values are the same
+      to the bit where the dtypes are.
 
     Raises:
-      ValueError: missing, unexpected or mis-shaped keys, the first few named with what the weights are of; tensors
-        that are not dense and floating point; or as `find_state_dict`.
+      ValueError: If keys are missing, unexpected or of another shape; the first few are named, with the network that
+        the weights are of. Also if tensors are not dense and floating point, or `find_state_dict` raises one.
     """
     found = find_state_dict(state_dict, entry)
     if found.others and entry is None:
@@ -89,17 +92,17 @@ def to_state_dict(model: RepVGG, variables: Mapping[str, Any], layout: Layout = 
     """Turn variables of a model into a PyTorch state dict.
 
     Args:
-      model: in the form the variables are of.
-      variables: `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form.
+      model: The network, in the form that the variables are of.
+      variables: Its variables, `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form.
       layout: "official" or "timm".
 
     Returns:
-      NumPy arrays by key, in PyTorch's OIHW; `num_batches_tracked` is written as 0, since the official code and
+      NumPy arrays by key, kernels in PyTorch's OIHW. `num_batches_tracked` is written as 0, since the official code and
       timm load strictly.
 
     Raises:
-      ValueError: an unknown layout, a network that timm does not have (RepVGGplus), or variables that are not the
-        model's; every path that is missing, unexpected or mis-shaped is named.
+      ValueError: If the layout is unknown, timm has no such network (RepVGGplus), or the variables are not the model's.
+        Every path that is missing, unexpected or of another shape is named.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"unknown layout {layout!r}: expected 'official' or 'timm'")
@@ -121,7 +124,7 @@ def to_state_dict(model: RepVGG, variables: Mapping[str, Any], layout: Layout = 
 
 
 def _fresh_heads(model: RepVGG, in_channels: int, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-    """The classifiers, initialised; jit leaves out the rest of the network."""
+    """Return the classifiers, initialised. `jit` leaves out the rest of the network."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         variables = model.init(key, jnp.zeros((1, 32, 32, in_channels), model.param_dtype), train=False)

@@ -1,4 +1,4 @@
-"""Tensors of PyTorch code as arrays: what can be one, without making it. Needs no torch."""
+"""Tensors of PyTorch code as arrays: what can be one, without making it. It needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MOST_REPEATED = 2**28
 
 
 def require_dense(key: str, tensor: Any) -> None:
-    """See that a tensor is a plain array of values, of a size that can be made.
+    """Check that a tensor is a plain array of values, of a size that can be made.
 
     Args:
-      key: of the tensor, for the message.
-      tensor: an array or a torch tensor.
+      key: Key of the tensor, for the message.
+      tensor: An array or a torch tensor.
 
     Raises:
-      ValueError: it is sparse, nested, quantized or without values, or a view that repeats few values to many.
+      ValueError: If it is sparse, nested, quantized or without values, or a view that repeats few values to many.
     """
     if getattr(tensor, "is_nested", False):
         raise ValueError(f"{key!r} is a nested tensor: expected a dense one of a fixed shape")
@@ -36,10 +36,10 @@ def require_dense(key: str, tensor: Any) -> None:
 
 
 def require_floating(key: str, tensor: Any) -> None:
-    """See that weights are real floating-point numbers of at least 16 bits.
+    """Check that weights are real floating-point numbers of at least 16 bits.
 
     Raises:
-      ValueError: they are integers, booleans, complex, or of 8 bits, which mean nothing without their scales.
+      ValueError: If they are integers, booleans, complex, or of 8 bits, which mean nothing without their scales.
     """
     name = str(tensor.dtype).removeprefix("torch.")
     if not re.fullmatch(r"b?float\d\d", name):
@@ -47,10 +47,10 @@ def require_floating(key: str, tensor: Any) -> None:
 
 
 def to_numpy(key: str, tensor: Any) -> np.ndarray:
-    """The values of a dense tensor on the host; bfloat16 of torch becomes float32.
+    """Return the values of a dense tensor on the host. bfloat16 of torch becomes float32.
 
     Raises:
-      ValueError: a tensor subclass that does not give its values up.
+      ValueError: If it is of a subclass that does not give its values up.
     """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
@@ -66,7 +66,7 @@ def to_numpy(key: str, tensor: Any) -> np.ndarray:
 
 
 def is_finite(key: str, tensor: Any) -> bool:
-    """Whether all values of a dense tensor are finite; integers are."""
+    """Whether all values of a dense tensor are finite. Integers are."""
     if hasattr(tensor, "detach"):
         try:
             return bool(tensor.detach().isfinite().all())
@@ -76,7 +76,7 @@ def is_finite(key: str, tensor: Any) -> bool:
 
 
 def _stored(tensor: Any) -> int:
-    """How many values lie in memory, at most."""
+    """Return how many values lie in memory, at most."""
     if hasattr(tensor, "untyped_storage"):
         return int(tensor.untyped_storage().nbytes()) // int(tensor.element_size())
     strides = getattr(tensor, "strides", None) or (1,) * len(tensor.shape)

@@ -1,4 +1,4 @@
-"""Files of PyTorch weights: `.safetensors` without torch, `.pth` without running what is in it."""
+"""Files of PyTorch weights: `.safetensors` without PyTorch, `.pth` without running code that is in it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Weights:
     It unpacks to `(model, variables)`, as `fuse_model` takes them.
 
     Attributes:
-      variables: `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form.
-      source: which weights of the file they are, in words: "the weights under 'ema', an average; there are others
+      model: The network.
+      variables: Its variables, `{'params', 'batch_stats'}`, or `{'params'}` of a deploy form.
+      source: Words that say which weights of the file they are: "the weights under 'ema', an average; there are others
         under 'model'".
     """
 
@@ -59,22 +60,25 @@ def load_weights(
 ) -> Weights:
     """Read a file of PyTorch weights into a network of this package.
 
-    Whether they are of the training form or of the deploy form is read off their names.
+    Their names tell whether they are of the training form or of the deploy form.
 
     Args:
-      path: as for `read_state_dict`.
-      variant: the published network they are of, e.g. 'repvgg_a0'.
-      entry: which weights to take of a file that holds several, e.g. 'model' or 'ema'; the average where not given.
-      num_classes: of the model; the file's where not given.
-      strides: of the stem and of stage 1 to 4, which weights do not tell.
-      head: "load", or "reinit" to initialise the classifiers for `num_classes`.
-      key: random key for "reinit".
+      path: The file, as for `read_state_dict`.
+      variant: The published network that the weights are of, e.g. 'repvgg_a0'.
+      entry: Which weights to take from a file that holds several, e.g. 'model' or 'ema'. By default it is the average,
+        if there is one.
+      num_classes: Number of classes of the model, by default that of the file.
+      strides: Strides of the stem and of stage 1 to 4, which weights do not tell.
+      head: "load" takes the classifiers of the file, "reinit" initialises them for `num_classes`.
+      key: Random key for "reinit", by default `jax.random.key(0)`.
 
     Returns:
       The network, its variables, and which weights of the file were taken.
 
     Raises:
-      FileNotFoundError, ValueError, ImportError: as `read_state_dict` and `from_state_dict`.
+      FileNotFoundError: If there is no such file.
+      ValueError: If the variant is unknown, the weights do not fit, or `read_state_dict` raises one.
+      ImportError: If the file takes PyTorch to read, and it is not installed.
     """
     variant = canonical_name(variant)
     found = _read(Path(path), entry)
@@ -112,19 +116,18 @@ def read_state_dict(path: str | os.PathLike[str], entry: str | None = None) -> d
     """Read the tensors of a file that PyTorch code wrote.
 
     Args:
-      path: of a `.safetensors` file, which needs no torch, or of one that `torch.save` wrote (`.pth`, `.pt`, `.bin`,
-        `.tar`), which needs it. The latter is read with `weights_only=True`: code in it is refused, not run.
-      entry: which weights to take; see `repvgg_jax.interop.torch.entries.find_state_dict`, which also tells what was
-        taken.
+      path: A `.safetensors` file, which takes no PyTorch, or one that `torch.save` wrote (`.pth`, `.pt`, `.bin`,
+        `.tar`), which takes it. The latter is read with `weights_only=True`: code in it is refused, not run.
+      entry: Which weights to take; see `repvgg_jax.interop.torch.entries.find_state_dict`.
 
     Returns:
-      Arrays or torch tensors by key, as `from_state_dict` takes them; prefixes and nesting are gone already.
+      Arrays or torch tensors by key, as `from_state_dict` takes them. Prefixes and nesting are gone.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, holds objects other than tensors, tensors that are not dense, or values that
-        are not finite; or as `find_state_dict`.
-      ImportError: torch is needed and not installed.
+      FileNotFoundError: If there is no such file.
+      ValueError: If the file is damaged, or holds objects other than tensors, tensors that are not dense, or values
+        that are not finite. Also if `find_state_dict` raises one.
+      ImportError: If the file takes PyTorch to read, and it is not installed.
     """
     tensors = _read(Path(path), entry).tensors
     _require_finite(path, tensors)
@@ -201,7 +204,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _require_torch_file(path: Path) -> None:
-    """See by its first bytes that torch.save wrote a file, and that it does not unpack to many times its size."""
+    """Check by its first bytes that torch.save wrote a file, and that it does not unpack to many times its size."""
     with path.open("rb") as file:
         start = file.read(4)
     if start[:1] != b"\x80" and start != b"PK\x03\x04":

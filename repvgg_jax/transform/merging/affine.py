@@ -26,23 +26,23 @@ class Window:
     groups: int
     batch_groups: int
     source_axes: tuple[int, ...]
-    """Batch axis, channel axis, spatial axes of the source."""
+    """Batch axis, channel axis and spatial axes of the source."""
     axes: tuple[int, ...]
-    """The same of the result."""
+    """Batch axis, channel axis and spatial axes of the result."""
     precision: Any
     preferred: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A value with zeros around it, or a part of it, evenly spaced; one entry for each axis."""
+    """A part of a value, evenly spaced, or the value with zeros around it; one entry for each axis."""
 
     padding: tuple[tuple[int, int], ...]
-    """Low and high; negative where the value is cropped."""
+    """Low and high padding; negative where the value is cropped."""
     steps: tuple[int, ...]
 
     def of(self, axes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]] | None:
-        """Padding and steps along the spatial axes; None where batch or channels are not left alone."""
+        """Return padding and steps along the spatial axes; None where batch or channels are not left alone."""
         batch, channel, *spatial = axes
         if any(self.padding[axis] != (0, 0) or self.steps[axis] != 1 for axis in (batch, channel)):
             return None
@@ -51,10 +51,10 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolvedApart:
-    """Another way to compute a term, for as long as it stands alone: as a convolution of a value in between.
+    """Another way to compute a term for as long as it stands alone: as a convolution of a value in between.
 
     Attributes:
-      cost: multiply-adds for one pixel of the result.
+      cost: Multiply-adds for one pixel of the result.
     """
 
     between: Affine
@@ -62,18 +62,18 @@ class ConvolvedApart:
     cost: float
 
     def scaled(self, vector: Constant) -> ConvolvedApart:
-        """Its result times a constant of each channel."""
+        """Return it with its result multiplied by a constant of each channel."""
         return dataclasses.replace(self, convolution=self.convolution.scaled(vector))
 
 
 @dataclasses.dataclass(frozen=True)
 class PooledApart:
-    """Likewise, as a sum over windows of a value in between.
+    """Another way to compute a term for as long as it stands alone: as a sum over windows of a value in between.
 
     Attributes:
-      equation: the sum over windows.
-      scale: of each channel of the sum, or None.
-      cost: multiply-adds for one pixel of the result.
+      equation: The sum over windows.
+      scale: Factor of each channel of the sum, or None.
+      cost: Multiply-adds for one pixel of the result.
     """
 
     between: Affine
@@ -82,7 +82,7 @@ class PooledApart:
     cost: float
 
     def scaled(self, vector: Constant) -> PooledApart:
-        """Its result times a constant of each channel."""
+        """Return it with its result multiplied by a constant of each channel."""
         if self.scale is None:
             return dataclasses.replace(self, scale=vector)
         shape = np.broadcast_shapes(self.scale.shape, vector.shape)
@@ -91,7 +91,7 @@ class PooledApart:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One convolution of the source: the kernel has its spatial axes first, then in/groups, then out."""
+    """One convolution of the source. The kernel has its spatial axes first, then in/groups, then out."""
 
     kernel: Constant
     window: Window
@@ -100,23 +100,23 @@ class Term:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Of the kernel, along the spatial dimensions."""
+        """The size of the kernel along the spatial dimensions."""
         return self.kernel.shape[:-2]
 
     @property
     def cost(self) -> float:
-        """Multiply-adds for one pixel of the result, computed the cheapest way there is."""
+        """Multiply-adds for one pixel of the result, computed the cheapest way that is known."""
         return self.apart.cost if self.apart else math.prod(self.kernel.shape)
 
     def scaled(self, vector: Constant) -> Term:
-        """Its result times a constant of each channel."""
+        """Return it with its result multiplied by a constant of each channel."""
         bias = None if self.bias is None else self.bias.map("multiply", np.multiply, vector, shape=self.bias.shape)
         kernel = self.kernel.map("multiply", np.multiply, vector, shape=self.kernel.shape)
         apart = None if self.apart is None else self.apart.scaled(vector)
         return dataclasses.replace(self, kernel=kernel, bias=bias, apart=apart)
 
     def bias_with(self, shift: Constant | None) -> Constant | None:
-        """Its bias and another, added."""
+        """Return the sum of its bias and another; None where there is neither."""
         if self.bias is None or shift is None:
             return shift if self.bias is None else self.bias
         return self.bias.map("add", np.add, shift, shape=self.bias.shape)
@@ -145,15 +145,15 @@ class Affine:
 
     @property
     def channel_axis(self) -> int | None:
-        """Of the result; None where no convolution says so."""
+        """The channel axis of the result; None where no convolution says which it is."""
         return self.terms[0].window.axes[1] if self.terms else None
 
     def reading(self, aval: jax.core.ShapedArray, term: Term, scopes: tuple[str, ...]) -> Affine:
-        """A convolution of what this one is affine in."""
+        """Return a convolution of the value that this one is affine in."""
         return Affine(self.source, self.source_shape, aval, terms=(term,), scopes=scopes)
 
     def shift_vector(self, axis: int) -> Constant | None:
-        """The shift of the channels, which lie along an axis."""
+        """Return the shift as a vector of the channels, which lie along an axis; None where there is no shift."""
         if self.shift is None:
             return None
         vector = self.shift.vector(len(self.aval.shape), axis)
@@ -161,7 +161,7 @@ class Affine:
         return vector
 
     def times(self, factor: Constant) -> Affine | None:
-        """Multiplied by a constant; None where that is not a scale of the channels."""
+        """Return it multiplied by a constant; None where that is not a scale of the channels."""
         fitting = self._fitting(factor)
         if fitting is None:
             return None
@@ -177,12 +177,12 @@ class Affine:
         return dataclasses.replace(self, terms=terms, scale=scale, shift=shift)
 
     def plus(self, summand: Constant) -> Affine | None:
-        """Shifted by a constant; None where that is not a shift of the channels."""
+        """Return it shifted by a constant; None where that is not a shift of the channels."""
         fitting = self._fitting(summand)
         return None if fitting is None else dataclasses.replace(self, shift=_sum(self.shift, fitting))
 
     def add(self, other: Affine) -> Affine | None:
-        """The sum of two that are affine in one value; None where no single convolution could compute it."""
+        """Return the sum of two that are affine in one value; None where no single convolution could compute it."""
         if self.source != other.source or self.aval.dtype != other.aval.dtype or self.aval.shape != other.aval.shape:
             return None
         views = {each.view for each in (self, other) if each.scale is not None}
@@ -205,7 +205,7 @@ class Affine:
         )
 
     def _fitting(self, constant: Constant) -> Constant | None:
-        """The constant in the rank of the result, where it varies along the channels alone."""
+        """Return a constant in the rank of the result; None where it varies along more than the channels."""
         rank = len(self.aval.shape)
         if constant.dtype != self.aval.dtype:
             return None
@@ -229,7 +229,7 @@ def is_one(scale: Constant | None) -> bool:
 
 
 def ones(aval: jax.core.ShapedArray) -> Constant:
-    """One, in the rank of an array."""
+    """Return the constant 1 in the rank of an array."""
     return Constant(
         aval.shape,
         aval.dtype,

@@ -1,4 +1,4 @@
-"""Builds a program: steps for values that were held back, which are elementwise maps, pads, and merged convolutions."""
+"""The builder of a program: elementwise maps, pads and merged convolutions are held back until a step needs them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Builder:
     """Collects what becomes a `Program`.
 
     Attributes:
-      fewest: convolutions, whatever they cost.
-      scope: of the equation that is read.
-      channel_axes: of every value that is a convolution.
+      fewest: Whether to aim at the fewest convolutions, whatever they cost.
+      scope: Scope of the equation that is read.
+      channel_axes: Channel axis of every value that is a convolution.
     """
 
     def __init__(self, convolution: Callable[..., jax.Array], fewest: bool):
@@ -54,7 +54,7 @@ class Builder:
         self._nodes = itertools.count()
 
     def input(self, aval: jax.core.ShapedArray) -> Affine:
-        """A value that is given when the program runs."""
+        """Return a value that is given when the program runs."""
         node = next(self._nodes)
         self._inputs.append(node)
         return _itself(node, aval)
@@ -71,7 +71,7 @@ class Builder:
             scopes.append(scope)
 
     def operand(self, value: Constant | Affine, name: str) -> Operand:
-        """The value as a step takes it: computed now, if it was held back."""
+        """Return a value as a step takes it: computed now, if it was held back."""
         if isinstance(value, Constant):
             return self._parameter(value, f"{_tidy(self.scope)}/{name}")
         return self.materialized(value).source
@@ -89,7 +89,7 @@ class Builder:
         return [_itself(node, variable.aval) for node, variable in zip(nodes, equation.outvars, strict=True)]
 
     def materialized(self, value: Affine) -> Affine:
-        """The value as one of the program's own, so that what follows is affine in it."""
+        """Return a value as one of the program's own, so that what follows is affine in it."""
         if value.terms:
             return _itself(self._convolved(value), value.aval)
         scale = None if is_one(value.scale) else value.scale
@@ -99,7 +99,7 @@ class Builder:
         return _itself(node, value.aval)
 
     def build(self, outputs: Sequence[Operand]) -> Program:
-        """The program that computes these, without the steps and parameters that none of them needs."""
+        """Return the program that computes these, without the steps and parameters that none of them needs."""
         needed = {operand for operand in outputs if isinstance(operand, int)}
         steps = []
         for step in reversed(self._steps):
@@ -120,7 +120,7 @@ class Builder:
         )
 
     def _parameter(self, constant: Constant, name: str) -> Operand:
-        """The operand that a constant is; those that no variable enters stay in the program itself."""
+        """Return the operand that a constant is. Constants that no variable enters stay in the program itself."""
         if not constant.variable:
             return Given(constant.rounded(), constant.shape)
         stored = constant.stretched_from
@@ -133,7 +133,7 @@ class Builder:
     def _add(
         self, run: Callable[..., Sequence[jax.Array]], operands: Sequence[Operand], results: int = 1, **fields: Any
     ) -> tuple[Node, ...]:
-        """Append a step, with further fields of `Step`; returns its values."""
+        """Append a step, with further fields of `Step`, and return its values."""
         nodes = tuple(itertools.islice(self._nodes, results))
         self._steps.append(Step(run, tuple(operands), nodes, **fields))
         return nodes
@@ -147,7 +147,10 @@ class Builder:
         of: Callable[[jax.Array], jax.Array] = lambda x: x,
         axis: int | None = None,
     ) -> Node:
-        """A step: what a function makes of the source, scaled and shifted, by vectors along an axis if one is given."""
+        """Append a step: what a function makes of the source, scaled and shifted.
+
+        With an axis, scale and shift are vectors along it.
+        """
         given = {name: each for name, each in (("scale", scale), ("shift", shift)) if each is not None}
         names = tuple(given)  # the step must not keep the values of the constants
 
@@ -197,7 +200,7 @@ class Builder:
         return total
 
     def _term(self, value: Affine, term: Term, shift: Constant | None, scope: str) -> Node:
-        """One convolution, of the source or, where that is cheaper, of the value in between."""
+        """Append one convolution of the source or, where that is cheaper, of the value in between."""
         if term.apart is None:
             return self._convolution_of(value.source, term, shift, value.aval, scope)
         self._reasons.setdefault(COSTLY.reason, []).append(scope)
@@ -224,7 +227,7 @@ class Builder:
 
 
 def _itself(node: Node, aval: Any) -> Affine:
-    """A value of the program, as the affine map of itself that it is; a token has no shape."""
+    """Return a value of the program as the affine map of itself that it is. A token has no shape."""
     if not hasattr(aval, "shape"):
         return Affine(node, (), aval)
     return Affine(node, aval.shape, aval, scale=ones(aval))
@@ -236,14 +239,14 @@ def _only_result(equation: JaxprEqn, x: jax.Array) -> jax.Array:
 
 
 def _common(scopes: Sequence[str]) -> str:
-    """The innermost scope that encloses all."""
+    """Return the innermost scope that encloses all."""
     levels = zip(*(scope.split("/") for scope in scopes), strict=False)
     shared = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
     return _tidy("/".join(names[0] for names in shared))
 
 
 def _tidy(scope: str) -> str:
-    """Without the methods that Flax writes after a module's name: 'stem/stem._branches' is 'stem'."""
+    """Leave out the methods that Flax writes after a module's name: 'stem/stem._branches' is 'stem'."""
     names: list[str] = []
     for name in scope.split("/"):
         if name and not (names and name.startswith(f"{names[-1]}.")):

@@ -1,4 +1,4 @@
-"""A convolution of a convolution, where one of the two has a single tap: exact, or not done."""
+"""Convolutions of convolutions, where one of the two has a single tap: merged exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repvgg_jax.transform.merging.merge import merge
 
 
 class Refusal(NamedTuple):
-    """Why two things are not merged."""
+    """The reason why two things are not merged."""
 
     reason: str
 
@@ -69,19 +69,19 @@ def scale_before(source: Affine, term: Term) -> tuple[Constant, Constant | None]
 
 
 def _by_group(vector: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
-    """A vector of the source's channels as (in/groups, out): the channels that each output reads."""
+    """Arrange a vector of the source's channels as (in/groups, out): the channels that each output reads."""
     *_, within, out = kernel.shape
     channels = np.broadcast_to(vector, (groups * within,)).reshape(groups, within)
     return np.repeat(channels, out // groups, axis=0).T
 
 
 def compose(inner: Affine, outer: Term, fewest: bool) -> Term | Refusal:
-    """The one convolution that a convolution of a convolution is.
+    """Return the one convolution that a convolution of a convolution is.
 
     Args:
-      inner: the value between, with terms.
-      outer: the convolution that reads it.
-      fewest: convolutions, whatever they cost.
+      inner: The value in between, with terms.
+      outer: The convolution that reads it.
+      fewest: Whether to aim at the fewest convolutions, whatever they cost.
 
     Returns:
       The term, with the way apart kept where that is cheaper; a refusal where no single convolution is exact.
@@ -115,7 +115,7 @@ def compose(inner: Affine, outer: Term, fewest: bool) -> Term | Refusal:
 
 
 def _kernel_before(first: Term, second: Term) -> tuple[Constant, Window] | None:
-    """A single tap, and then any: the padding adds up."""
+    """Merge a convolution of a single tap with any after it: the padding adds up."""
     a, b = first.window, second.window
     if any(size != 1 for size in first.size) or any(step != 1 for step in a.strides) or _crops(a):
         return None
@@ -132,7 +132,7 @@ def _kernel_before(first: Term, second: Term) -> tuple[Constant, Window] | None:
 
 
 def _kernel_after(first: Term, second: Term) -> tuple[Constant, Window] | None:
-    """Any, and then a single tap, which leaves no pixel out and adds none."""
+    """Merge any convolution with one after it of a single tap, which leaves no pixel out and adds none."""
     a, b = first.window, second.window
     if any(size != 1 for size in second.size) or any(step != 1 for step in b.strides) or _pads(b) or _crops(b):
         return None
@@ -146,7 +146,7 @@ def _kernel_after(first: Term, second: Term) -> tuple[Constant, Window] | None:
 
 
 def _through(kernel: Constant, bias: Constant) -> Constant:
-    """What a convolution without padding makes of a bias before it."""
+    """Return what a convolution without padding makes of a bias before it."""
 
     def convolved(kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
         products = np.einsum("...mo,m->...o", kernel, np.broadcast_to(bias, kernel.shape[-2:-1]))

@@ -1,4 +1,4 @@
-"""What a traced function computes without its inputs: known later, in float64 on the host, and only if asked for."""
+"""Values that a traced function computes without its inputs: known later, in float64 on the host, if asked for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Constant:
     """An array that does not depend on the inputs.
 
     Attributes:
-      shape: as the traced program sees it.
-      dtype: likewise; floating-point values are computed in float64 all the same.
-      stored_shape: the shape it is kept in: axes along which nothing changes are 1.
-      variable: whether it depends on the variables, and is worth a parameter of its own.
-      fingerprint: of its derivation: the same for the same function of the same variables, whatever they hold.
-      stretched_from: the constant that this one is, but for axes along which nothing changes; often itself.
+      shape: The shape that the traced program sees.
+      dtype: The dtype that the traced program sees. Floating-point values are computed in float64 all the same.
+      stored_shape: The shape that it is kept in. Axes along which nothing changes are 1.
+      variable: Whether it depends on the variables, and is worth a parameter of its own.
+      fingerprint: Hash of its derivation: the same for the same function of the same variables, whatever they hold.
+      stretched_from: The constant that this one is, but for axes along which nothing changes; often itself.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Constant:
 
     @property
     def value(self) -> np.ndarray:
-        """In the shape it is stored in; float64 where the dtype is floating point."""
+        """The value in the shape that it is stored in; float64 where the dtype is floating point."""
         if self._value is None:
             assert self._compute is not None
             self._value = lift(self._compute()).reshape(self.stored_shape)
@@ -53,11 +53,11 @@ class Constant:
         return self._value
 
     def forget(self) -> None:
-        """Drop the value, once all that depends on it is computed; the shapes are kept."""
+        """Drop the value once all that depends on it is computed. The shapes are kept."""
         self._value = None
 
     def rounded(self) -> Any:
-        """The value in the dtype of the program."""
+        """Return the value in the dtype of the program."""
         return self.value if is_key(self.dtype) else self.value.astype(self.dtype)
 
     def map(
@@ -68,14 +68,14 @@ class Constant:
         shape: Sequence[int],
         static: Any = None,
     ) -> Constant:
-        """The constant `function(self.value, *(other.value …))`, of this dtype.
+        """Return the constant `function(self.value, *(other.value …))`, of this dtype.
 
         Args:
-          name: of the function, for the fingerprint.
-          function: of values.
-          others: further constants.
-          shape: of the result.
-          static: all that the function closes over.
+          name: Name of the function, for the fingerprint.
+          function: The function of the values.
+          *others: Further constants.
+          shape: Shape of the result.
+          static: All that the function closes over.
         """
         variable = any(each.variable for each in (self, *others))
         compute = lambda: function(self.value, *(other.value for other in others))  # noqa: E731
@@ -83,11 +83,11 @@ class Constant:
         return Constant(shape, self.dtype, compute, derivation=derivation, variable=variable)
 
     def stored_in_rank(self, rank: int) -> Shape:
-        """The stored shape with axes of size one in front, as broadcasting puts them."""
+        """Return the stored shape with axes of size one in front, as broadcasting puts them."""
         return (1,) * (rank - len(self.stored_shape)) + self.stored_shape
 
     def vector(self, rank: int, axis: int) -> Constant | None:
-        """The values along one axis, `(size,)` or `(1,)`, of a constant that varies along no other; else None."""
+        """Return the values along one axis, `(size,)` or `(1,)`; None where the constant varies along another."""
         sizes = self.stored_in_rank(rank)
         if any(size != 1 for index, size in enumerate(sizes) if index != axis):
             return None
@@ -101,12 +101,12 @@ def is_key(dtype: Any) -> bool:
 
 
 def is_static(shape: Sequence[Any]) -> bool:
-    """Whether no size of it is a symbol."""
+    """Whether no size of a shape is a symbol."""
     return all(isinstance(size, int | np.integer) for size in shape)
 
 
 def lift(value: Any) -> Any:
-    """On the host, in float64 where it is floating point; keys as they are."""
+    """Return a value on the host, in float64 where it is floating point; keys stay as they are."""
     if is_key(getattr(value, "dtype", np.float64)):
         return value
     array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""What an equation of a jaxpr takes and gives, what it calls, and how much it computes."""
+"""Equations of a jaxpr: what they take and give, what they call, and how much they compute."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CUSTOM_GRADIENTS = ["custom_jvp_call", "custom_vjp_call"]
 
 
 def aval(variable: Var | Literal) -> jax.core.ShapedArray:
-    """Shape and dtype; of a token, which has neither, what it has."""
+    """Return shape and dtype of a variable; of a token, which has neither, what it has."""
     return cast(jax.core.ShapedArray, variable.aval)
 
 
 def result_aval(equation: JaxprEqn) -> jax.core.ShapedArray:
-    """Shape and dtype of the only, or the first, result."""
+    """Return shape and dtype of the only, or the first, result."""
     return aval(equation.outvars[0])
 
 
@@ -33,7 +33,7 @@ def bind(equation: JaxprEqn, values: Sequence[jax.Array], parameters: dict[str, 
 
 
 def called(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """The closed jaxpr that an equation does no more than call; None for other equations."""
+    """Return the closed jaxpr that an equation does no more than call; None for other equations."""
     name, params = equation.primitive.name, equation.params
     if name in _CALLS or name in _CUSTOM_GRADIENTS:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
@@ -44,18 +44,18 @@ def called(equation: JaxprEqn) -> ClosedJaxpr | None:
 
 
 def _default_branch(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """Of a choice by platform, whose branches all compute the same: the plain one. None for other equations."""
+    """Return the plain one of the branches of a choice by platform; None for other equations."""
     platforms = equation.params.get("branches_platforms") if equation.primitive.name == "cond" else None
     return equation.params["branches"][platforms.index(None)] if platforms and None in platforms else None
 
 
 def _convolves(jaxpr: Jaxpr) -> bool:
-    """Whether a convolution stands in it, or in what it calls."""
+    """Whether a convolution stands in a jaxpr, or in what it calls."""
     return any(convolutions(equation) for equation in jaxpr.eqns)
 
 
 def within(equation: JaxprEqn) -> Iterator[tuple[int, JaxprEqn]]:
-    """The equation and those of the functions it calls, each with the number of times that it runs."""
+    """Yield the equation and those of the functions it calls, each with the number of times that it runs."""
     yield 1, equation
     times = equation.params["length"] if equation.primitive.name == "scan" else 1
     given = _default_branch(equation) or list(equation.params.values())
@@ -66,12 +66,12 @@ def within(equation: JaxprEqn) -> Iterator[tuple[int, JaxprEqn]]:
 
 
 def convolutions(equation: JaxprEqn) -> int:
-    """How many it runs, calls included."""
+    """Return how many convolutions an equation runs, calls included."""
     return sum(times for times, each in within(equation) if each.primitive.name == "conv_general_dilated")
 
 
 def multiply_adds(equation: JaxprEqn) -> int:
-    """Of the convolutions and products that it runs, calls included."""
+    """Return the multiply-adds of the convolutions and products that an equation runs, calls included."""
     return sum(times * _own_multiply_adds(each) for times, each in within(equation))
 
 
@@ -88,12 +88,12 @@ def _own_multiply_adds(equation: JaxprEqn) -> int:
 
 
 def kept_axes(reduction: JaxprEqn) -> set[int]:
-    """The axes that a sum keeps."""
+    """Return the axes that a sum keeps."""
     return set(range(len(aval(reduction.invars[0]).shape))) - set(reduction.params["axes"])
 
 
 def sums_images(equation: JaxprEqn) -> bool:
-    """Whether it sums images over all axes but one, the batch among them."""
+    """Whether an equation sums images over all axes but one, the batch among them."""
     if equation.primitive.name != "reduce_sum" or len(aval(equation.invars[0]).shape) < 4:
         return False
     kept = kept_axes(equation)

@@ -65,7 +65,7 @@ def can_evaluate(equation: JaxprEqn, operands: Sequence[Constant]) -> bool:
 
 
 def evaluate(equation: JaxprEqn, operands: Sequence[Constant]) -> list[Constant]:
-    """The results of one equation of constants."""
+    """Return the results of one equation of constants."""
     name = equation.primitive.name
     if name == "convert_element_type" and operands[0].dtype == result_aval(equation).dtype:
         return list(operands)  # a weak type became a strong one: the same values
@@ -117,7 +117,7 @@ def _result(
 
 
 def _moved(equation: JaxprEqn, operand: Constant) -> Constant:
-    """With axes added, taken away or in another order."""
+    """Return a constant with axes added, taken away or in another order."""
     name, sizes = equation.primitive.name, operand.stored_shape
     if name == "transpose":
         order = equation.params["permutation"]
@@ -135,7 +135,7 @@ def _moved(equation: JaxprEqn, operand: Constant) -> Constant:
 
 
 def _canonical(parameters: dict[str, Any]) -> str:
-    """The parameters of an equation in words that are the same whenever it is traced."""
+    """Describe the parameters of an equation in words that are the same whenever it is traced."""
     # Printed, large arrays are shortened.
     arrays = [value for value in parameters.values() if isinstance(value, np.ndarray | jax.Array)]
     arrays += [each for value in parameters.values() for each in getattr(value, "consts", ())]
@@ -146,7 +146,7 @@ def _canonical(parameters: dict[str, Any]) -> str:
 
 
 def _compute(equation: JaxprEqn, values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Computes in float64 where the primitive can, else in the dtypes of the program."""
+    """Compute an equation in float64 where the primitive can, else in the dtypes of the program."""
     target = result_aval(equation).dtype
     if equation.primitive.name == "convert_element_type" and jnp.issubdtype(target, jnp.floating):
         # Rounding to float32 is what the fold leaves out; a narrower type rounds the program's own constants.

@@ -1,4 +1,4 @@
-"""Reads a traced function and builds the program that is left once everything affine is folded."""
+"""The reader of a traced function: it builds the program that is left once everything affine is folded."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def interpret(
     """Read a whole function.
 
     Args:
-      closed: the function, of variables and then of inputs.
-      variables: its first arguments.
-      convolution: that the program calls, with the arguments of `lax.conv_general_dilated`.
-      fewest: convolutions, whatever they cost.
+      closed: The function, of variables and then of inputs.
+      variables: Its first arguments.
+      convolution: The function that the program calls, with the arguments of `lax.conv_general_dilated`.
+      fewest: Whether to aim at the fewest convolutions, whatever they cost.
 
     Returns:
-      What is left to compute.
+      The program of what is left to compute.
     """
     builder = Builder(convolution, fewest)
     arguments: list[Value] = [*variables, *map(builder.input, closed.in_avals[len(variables) :])]
@@ -87,7 +87,7 @@ def _read(builder: Builder, closed: ClosedJaxpr, arguments: Sequence[Value], sco
 
 
 def _uses(jaxpr: Jaxpr) -> Counter[Var]:
-    """How often each variable is read."""
+    """Count how often each variable is read."""
     read = [variable for equation in jaxpr.eqns for variable in equation.invars]
     return Counter(variable for variable in (*read, *jaxpr.outvars) if not isinstance(variable, Literal))
 
@@ -109,7 +109,7 @@ def _read_equation(builder: Builder, equation: JaxprEqn, operands: list[Value], 
 
 
 def _fold(builder: Builder, equation: JaxprEqn, operands: Sequence[Value]) -> Value | None:
-    """What the equation makes of values that are affine in another, where that is affine, too."""
+    """Return what an equation makes of values that are affine in another, where that is affine too; else None."""
     name = equation.primitive.name
     rule = ELEMENTWISE.get(name) or WINDOWED.get(name)
     if rule is None or not jnp.issubdtype(result_aval(equation).dtype, jnp.floating):
@@ -147,7 +147,7 @@ def _literal(variable: Literal) -> Constant:
 
 
 def _closed_over(value: Any) -> Constant:
-    """An array that the function closed over; a parameter, unless it is a single number."""
+    """Return an array that the function closed over: a parameter, unless it is a single number."""
     content = jax.random.key_data(value) if is_key(value.dtype) else value
     derivation = ("array", hashlib.blake2b(np.asarray(content).tobytes()).hexdigest())
     return Constant(np.shape(value), value.dtype, lambda: value, derivation=derivation, variable=np.size(value) > 1)

@@ -1,4 +1,4 @@
-"""Which convolutions of one value become one, and which kernel it has: exact, and as cheap as before unless asked."""
+"""The choice of the convolutions of one value that become one: exact, and as cheap as before unless asked otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:
     """Merge the terms of a sum, as far as that costs nothing, or, for the fewest convolutions, as far as it is exact.
 
     Returns:
-      The terms that remain, and what remains of the source itself: its scale, or None.
+      The terms that remain, and what remains of the source itself, which is its scale or None.
     """
     merged: list[Term] = []
     for term in sorted(affine.terms, key=lambda term: -term.cost):
@@ -39,7 +39,7 @@ def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:
 
 
 def _identity(affine: Affine, like: Term) -> Term | None:
-    """The source itself, or a view of it, as a 1×1 convolution with the groups of another."""
+    """Return the source itself, or a view of it, as a 1×1 convolution with the groups of another."""
     window, rank, spatial = like.window, len(affine.aval.shape), len(like.size)
     padding, strides = ((0, 0),) * spatial, (1,) * spatial
     if affine.view is not None:
@@ -62,7 +62,7 @@ def _identity(affine: Affine, like: Term) -> Term | None:
 
 
 def _union(left: Term, right: Term, affine: Affine) -> Term | None:
-    """One convolution for the sum of two, or None where no kernel covers both."""
+    """Return one convolution for the sum of two, or None where no kernel covers both."""
     a, b = left.window, right.window
     if (a.strides, a.batch_groups, a.precision, a.preferred) != (b.strides, b.batch_groups, b.precision, b.preferred):
         return None
@@ -101,7 +101,7 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
 
 
 def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
-    """Padding behind the source for as many windows as there are; none, if that gives as many."""
+    """Return the padding behind the source for as many windows as there are; none, if that gives as many."""
     outputs, stride = affine.aval.shape[window.axes[2 + axis]], window.strides[axis]
     length = affine.source_shape[window.source_axes[2 + axis]]
     least = (outputs - 1) * stride - low + reach - (length - 1)
@@ -109,7 +109,7 @@ def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> in
 
 
 def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Constant:
-    """The kernel at its place among zeros."""
+    """Return the kernel at its place among zeros."""
     spatial = len(sizes)
     widths = [
         (first, size - first - own) for size, first, own in zip(sizes, firsts, kernel.shape[:spatial], strict=True)
@@ -119,7 +119,7 @@ def _placed(kernel: Constant, sizes: Sequence[int], firsts: Sequence[int]) -> Co
 
 
 def _regrouped(term: Term, groups: int) -> Constant:
-    """The kernel in fewer groups: with zeros from the channels that its own groups do not read."""
+    """Return the kernel in fewer groups, with zeros for the channels that its own groups do not read."""
     before = term.window.groups
     if before == groups:
         return term.kernel

@@ -1,11 +1,11 @@
 """What each primitive does to a value that is affine in another; None leaves the equation as it is.
 
-A value is the sum of convolutions of a source x, of x itself times a scale, and of a shift, each by channel:
+A value is the sum of convolutions of a source x, of x itself times a scale, and of a shift, each by channel::
 
   y = Σᵢ (kᵢ ∗ x + bᵢ) + a x + c
 
 The primitives that are linear, or affine where an operand is constant, make another such sum of it, in which s and t
-are constants of each channel and ∗ is a convolution. By family, in the order of the tables below:
+are constants of each channel and ∗ is a convolution. By family, in the order of the tables below::
 
   mul       s y          =  Σ (s kᵢ ∗ x + s bᵢ) + s a x + s c
   div       y / s        =  (1/s) y
@@ -59,7 +59,7 @@ def _convolution(builder: Builder, equation: JaxprEqn, source: Value, kernel: Va
 
 
 def _term(kernel: Constant, params: dict[str, Any]) -> Term:
-    """A convolution as a term, its kernel's axes in our order."""
+    """Return a convolution as a term, with the axes of its kernel in our order."""
     numbers = params["dimension_numbers"]
     out, within, *spatial = numbers.rhs_spec
     order = (*spatial, within, out)
@@ -85,7 +85,7 @@ def _term(kernel: Constant, params: dict[str, Any]) -> Term:
 
 
 def _taken_in(builder: Builder, source: Affine, term: Term) -> Term | None:
-    """What was held back before a convolution, and the convolution, in one; None where no single one is exact."""
+    """Return what was held back before a convolution and the convolution in one; None where no single one is exact."""
     if source.is_view:
         widened = _widened(term.window, source)
         return None if widened is None else Term(term.kernel, widened)
@@ -109,7 +109,7 @@ def _whole(padding: Sequence[tuple[Any, Any]]) -> tuple[tuple[int, int], ...]:
 
 
 def _is_static(padding: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether it is known, and does not depend on the symbols of a shape."""
+    """Whether padding holds no symbol of a shape."""
     return all(map(is_static, padding))
 
 
@@ -144,7 +144,7 @@ def _view(
 
 
 def _widened(window: Window, source: Affine) -> Window | None:
-    """The window of a convolution that pads or crops for itself."""
+    """Return the window of a convolution that pads or crops for itself."""
     view = source.view
     spatial = None if view is None else view.of(window.source_axes)
     if spatial is None or any(step != 1 for step in (*window.source_dilation, *spatial[1])):
@@ -160,7 +160,7 @@ def _widened(window: Window, source: Affine) -> Window | None:
 
 
 def _pool(builder: Builder, equation: JaxprEqn, source: Value) -> Value | None:
-    """A sum over windows: a convolution of each channel with ones, should a convolution beside it take it in."""
+    """Read a sum over windows as a convolution of each channel with ones, should a convolution beside it take it in."""
     if not isinstance(source, Affine) or len(source.terms) != 1:
         return None
     aval, (inner,) = result_aval(equation), source.terms
@@ -177,7 +177,7 @@ def _pool(builder: Builder, equation: JaxprEqn, source: Value) -> Value | None:
 
 
 def _pooling(params: dict[str, Any], inner: Window, source: jax.core.ShapedArray) -> Term | None:
-    """The sum over windows as a convolution of what another makes; None where it is none of each channel."""
+    """Return the sum over windows as a convolution of what another makes; None where it is none of each channel."""
     sizes, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
     batch, channel, *spatial = inner.axes
     if not _is_static(padding) or any(step != 1 for step in params["base_dilation"]):
