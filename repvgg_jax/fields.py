@@ -1,4 +1,4 @@
-"""Fields of a record checked against their annotations and bounds, and the JSON they are read from."""
+"""Fields of a record checked against their annotations and bounds, and the JSON that they are read from."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 
 def require_types(record: Any) -> None:
-    """See that each field of a dataclass or a NamedTuple holds what its annotation says.
+    """Check that each field of a dataclass or a NamedTuple holds what its annotation says.
 
-    A float is finite as a float32, and may be given as a whole number; a bool is no number.
+    A float is finite as a float32, and may be given as a whole number. A bool is no number.
 
     Raises:
-      ValueError: one does not; it is named, with what it is and what was expected.
+      ValueError: If one does not. It is named, with what it is and what was expected.
     """
     for name, hint in typing.get_type_hints(type(record)).items():
         value = getattr(record, name)
@@ -30,37 +30,42 @@ def require_types(record: Any) -> None:
 
 
 class Bound(NamedTuple):
-    """What a value is held to, and how that is said."""
+    """What a value is held to, and how that is said.
+
+    Attributes:
+      holds: Whether a value is within the bound.
+      expected: The bound in words.
+    """
 
     holds: Callable[[Any], bool]
     expected: str
 
 
 def at_least(bound: int) -> Bound:
-    """The bound itself, or more."""
+    """Return the bound of values from `bound` on, included."""
     return Bound(lambda value: value >= bound, f"at least {bound}")
 
 
 def within(low: float, high: float) -> Bound:
-    """From `low` to `high`, both included."""
+    """Return the bound of values from `low` to `high`, both included."""
     return Bound(lambda value: low <= value <= high, f"in [{low}, {high}]")
 
 
 def below(low: float, high: float) -> Bound:
-    """From `low`, included, to `high`, excluded."""
+    """Return the bound of values from `low`, included, to `high`, excluded."""
     return Bound(lambda value: low <= value < high, f"in [{low}, {high})")
 
 
 def bounded(default: Any, bound: Bound) -> Any:
-    """A field of a dataclass with a default and a bound, which `require_bounds` holds it to."""
+    """Return a field of a dataclass with a default and a bound, which `require_bounds` holds it to."""
     return dataclasses.field(default=default, metadata={"bound": bound})
 
 
 def require_bounds(record: Any) -> None:
-    """See that each field that is `bounded` and is not None is within its bound.
+    """Check that each field that is `bounded` and is not None is within its bound.
 
     Raises:
-      ValueError: one is not; it is named, with what it is and what was expected.
+      ValueError: If one is not. It is named, with what it is and what was expected.
     """
     for field in dataclasses.fields(record):
         bound, value = field.metadata.get("bound"), getattr(record, field.name)
@@ -69,10 +74,10 @@ def require_bounds(record: Any) -> None:
 
 
 def check_fields(record: Any) -> None:
-    """Take lists in the fields of a frozen dataclass for tuples, and see that types and bounds hold.
+    """Turn lists in the fields of a frozen dataclass into tuples, and check types and bounds.
 
     Raises:
-      ValueError: as `require_types` and `require_bounds`.
+      ValueError: If `require_types` or `require_bounds` raises one.
     """
     for name, value in vars(record).items():
         if isinstance(value, list):
@@ -91,8 +96,8 @@ def read_json(text: str | bytes) -> Any:
     """Parse JSON that holds finite numbers alone.
 
     Raises:
-      ValueError: it is no JSON, or holds NaN or Infinity, which JSON has not, or a fraction that no float64 holds, as
-        1e999.
+      ValueError: If it is not JSON, or holds NaN or Infinity, which JSON has not, or a fraction that no float64 holds,
+        as 1e999.
     """
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
@@ -101,10 +106,10 @@ def read_json(text: str | bytes) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; its lists become tuples.
+    """Read a JSON file that holds an object. Its lists become tuples.
 
     Raises:
-      ValueError: it holds something else.
+      ValueError: If it holds something else.
     """
     value = read_json(path.read_bytes())
     if not isinstance(value, dict):
@@ -113,7 +118,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut to 60 characters."""
+    """Return a value as it is shown in a message, cut to 60 characters."""
     text = str(value) if isinstance(value, str) and value else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a text, in UTF-8, or bytes as `replace_whole` does.
+    """Write a text, in UTF-8, or bytes, as `replace_whole` does.
 
     Raises:
-      OSError: it could not be written; the file is named.
+      OSError: If it could not be written. The file is named.
     """
     encoded = content.encode() if isinstance(content, str) else content
     replace_whole(path, lambda partial: partial.write_bytes(encoded))
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file and rename, so that a process killed at any moment leaves the old file or the new.
+    """Write beside a file and rename, so that a process killed at any moment leaves the old file or the new.
 
     Args:
-      path: of the file.
-      write: writes to the path it is given, with the permissions that the umask leaves.
+      path: The file.
+      write: Writes to the path that it is given, with the permissions that the umask leaves.
 
     Raises:
-      OSError: it could not be written; the file is named, and the half of it that was is gone.
+      OSError: If it could not be written. The file is named, and the half of it that was written is gone.
     """
     partial = _partial(path)
     try:
@@ -41,10 +41,10 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """See that a file can be written, before the work that makes its content.
+    """Check that a file can be written, before the work that makes its content.
 
     Raises:
-      OSError: its folder is missing or not to be written to, or something else than a file has its name.
+      OSError: If its folder is missing or cannot be written to, or something else than a file has its name.
     """
     partial = _partial(path)
     try:

@@ -1,4 +1,4 @@
-"""How the user runs the commands: from a checkout, or as they are installed."""
+"""The commands as the user runs them: from a checkout, or as they are installed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _OF_A_CHECKOUT = {
 
 
 def command(name: Literal["train", "fuse", "predict"]) -> str:
-    """The command as the user types it.
+    """Return a command as the user types it.
 
     Returns:
-      That of a checkout, e.g. `python train.py`, in a process that was begun so; elsewhere `repvgg-NAME`.
+      The command of a checkout, e.g. `python train.py`, in a process that was begun so; elsewhere `repvgg-NAME`.
     """
     begun = Path(sys.argv[0]).parts[-2:] if sys.argv else ()
     of_a_checkout = begun == ("predict", "__main__.py") or begun[-1:] in (("train.py",), ("fuse.py",))

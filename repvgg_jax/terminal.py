@@ -1,4 +1,4 @@
-"""Text of others, such as the name of a file, as a terminal can be shown it."""
+"""Text of others, such as the name of a file, in a form that is safe to show in a terminal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ _MARKS = "\u200e\u200f\u061c"
 
 
 def printable(text: str) -> str:
-    r"""Text as one line that a terminal only shows.
+    r"""Return text as one line that a terminal only shows.
 
     Args:
-        text: any string, e.g. a file name as `os.fsdecode` gives it.
+      text: Any string, e.g. a file name as `os.fsdecode` gives it.
 
     Returns:
-        The text with an escape, as `repr` writes it, in the place of every control character (line ends and tabs too),
-        of what turns the direction of writing, and of every byte that was not UTF-8.
+      The text with an escape, as `repr` writes it, in the place of every control character (line ends and tabs too), of
+      what turns the direction of writing, and of every byte that was not UTF-8.
 
     Example:
-        >>> print(printable("cat\x1b[2J\n100 % dog"))
-        cat\x1b[2J\n100 % dog
+      >>> from repvgg_jax.terminal import printable
+      >>> print(printable("cat\x1b[2J\n100 % dog"))
+      cat\x1b[2J\n100 % dog
     """
     return "".join(_escaped(character) if _commands(character) else character for character in text)
 
@@ -41,5 +42,8 @@ def _escaped(character: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message as one line that a terminal only shows: its line ends become spaces, names in it as in `printable`."""
+    """Return a message as one line that a terminal only shows.
+
+    Its line ends become spaces, and names in it are escaped as by `printable`.
+    """
     return printable(" ".join(message.split("\n")))

@@ -14,8 +14,8 @@ class Kept(NamedTuple):
     """Where compiled programs are kept.
 
     Attributes:
-      directory: or None where they are not kept.
-      reason: why they are not, where that was not asked for.
+      directory: The directory, or None where they are not kept.
+      reason: Why they are not kept, where that was not asked for; else None.
     """
 
     directory: str | None
@@ -28,11 +28,11 @@ class Kept(NamedTuple):
 
 
 def keep_compiled_programs() -> Kept:
-    """Switch on JAX's persistent compilation cache, where the user has not chosen a place for it already.
+    """Switch on JAX's persistent compilation cache, in a place of this package unless the user has chosen one.
 
     The place is `repvgg_jax/xla` in `XDG_CACHE_HOME` or `~/.cache`. `JAX_COMPILATION_CACHE_DIR` names another, and
-    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Programs that compile in less than a second are not kept. A
-    place that cannot be written, or whose name is not UTF-8, is left alone, and the cache is off.
+    `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing. Programs that compile in less than a second are not kept. Where
+    the place cannot be written, or its name is not UTF-8, the cache is off.
 
     Returns:
       The directory, or None where the cache is off, and why.
@@ -56,7 +56,7 @@ def keep_compiled_programs() -> Kept:
 
 
 def _home() -> Path:
-    """The user's directory for caches. A relative one counts for nothing, as XDG's specification says."""
+    """Return the user's directory for caches. A relative one counts for nothing, as XDG's specification says."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = named if named.is_absolute() else Path.home() / ".cache"
     if not home.is_absolute():

@@ -1,4 +1,4 @@
-"""Whether JAX can start, asked before anything else is done."""
+"""A start of JAX before anything else is done, to see whether it can."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def require_devices() -> list[jax.Device]:
     """Start JAX and return its devices.
 
     Raises:
-      ValueError: JAX cannot start what `JAX_PLATFORMS` names, or found no device.
+      ValueError: If JAX cannot start what `JAX_PLATFORMS` names, or found no device.
     """
     try:
         return jax.devices()

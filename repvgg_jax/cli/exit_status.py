@@ -12,7 +12,7 @@ from repvgg_jax.cli.output import Output, fail, run_command
 
 
 class ExitStatus(enum.IntEnum):
-    """What the exit status of a command says; the same for all commands."""
+    """The exit statuses of the commands, with the same meaning for all of them."""
 
     DONE = 0
     # Training diverged, the two forms differ, an image could not be read, memory ran out.
@@ -25,8 +25,9 @@ class ExitStatus(enum.IntEnum):
 
 
 STATUSES = (
-    "Exit status: 0 done; 1 training or a proof failed, an image could not be read, or memory ran out; 2 an argument "
-    "is wrong, or a file is missing or cannot be written; 130 and 143 stopped by Ctrl-C or SIGTERM."
+    "The exit status is 0 when all is done; 1 when training or a proof failed, an image could not be read, or memory "
+    "ran out; 2 when an argument is wrong, or a file is missing or cannot be written; 130 or 143 when Ctrl-C or "
+    "SIGTERM stopped the command."
 )
 
 
@@ -36,12 +37,12 @@ def guard(
     remedy: str = "",
     failures: Mapping[type[Exception], ExitStatus] = {},  # read alone
 ) -> int:
-    """Run a command that nobody has to read, and turn what stopped it into one line and an exit status.
+    """Run a command, and turn what stopped it into one line and an exit status.
 
     Args:
-      command: returns an exit status, given what becomes of its output.
-      remedy: what to do about an error of the system, e.g. a file that cannot be written; or ''.
-      failures: the command's own errors, with their exit statuses.
+      command: The command. It is given what becomes of its output, and returns an exit status.
+      remedy: What to do about an error of the system, e.g. a file that cannot be written; or ''.
+      failures: The command's own errors, with their exit statuses.
 
     Returns:
       The exit status.

@@ -23,9 +23,9 @@ from repvgg_jax.training.run.export import Format, describe, export_deploy, is_d
 
 _DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
-    "deploy.safetensors. Or fuse weights of the official PyTorch implementation or timm, and verify on images of "
-    "noise. With --export, write ONNX and StableHLO files of the deploy form too, also of a deploy.safetensors alone. "
-    + STATUSES
+    "deploy.safetensors. PyTorch weights of the official implementation or of timm are fused as well, and verified on "
+    "images of noise. With --export, the deploy form is also written as ONNX or StableHLO. A deploy.safetensors can be "
+    "exported, too. " + STATUSES
 )
 
 _Source = Literal["run", "weights", "deploy"]
@@ -34,36 +34,36 @@ _Source = Literal["run", "weights", "deploy"]
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
     source: tyro.conf.Positional[Path]
-    """Run directory of a training; a file of PyTorch weights, .safetensors, .pth, .pt, .bin or .tar; or, with
-    --export, a deploy.safetensors."""
+    """What to fuse: a run directory, or a file of PyTorch weights (.safetensors, .pth, .pt, .bin or .tar).
+    With --export it may be a deploy.safetensors too."""
     check_only: bool = False
-    """Verify without writing anything."""
+    """Verify the two forms without writing anything."""
     export: tuple[Format, ...] = ()
-    """Formats to write the deploy form in besides, each proven in its own runtime: deploy.onnx, deploy.stablehlo. On
-    test images where there are any, and else on noise: of weights, of a deploy.safetensors, and of the
-    deploy.safetensors in a run directory whose data set is not at hand."""
+    """Formats to write the deploy form in besides deploy.safetensors: deploy.onnx, deploy.stablehlo.
+    Each file is proven in its own runtime: on test images where there are any, and else on images of noise.
+    Noise serves for weights, for a deploy.safetensors, and for a run whose data set is not at hand."""
     opset: int = OPSET
-    """Of the ONNX file: version of its operators, 11 to 21. Older runtimes and converters want a smaller one."""
+    """Version of the operators in the ONNX file, 11 to 21. Older runtimes and converters want a smaller one."""
     with_preprocess: bool = False
-    """The exported files take uint8 pixels (NHWC) and return probabilities."""
+    """Let the exported files take uint8 pixels (NHWC) and return probabilities."""
     data_dir: str | None = None
-    """Of a run: where the data set (TFDS' data_dir, or PATH of folder:PATH) lies now, if it has moved."""
+    """For a run only: where its data set lies now, if it has moved: TFDS' data_dir, or the PATH of folder:PATH."""
     variant: str | None = None
-    """Of weights: the published network they are of, e.g. repvgg_a0."""
+    """For weights only, which need it: the published network that they are of, e.g. repvgg_a0."""
     entry: str | None = None
-    """Of weights: which to take of a file that holds several, e.g. model or ema; the average where not given."""
+    """For weights only: which to take from a file that holds several, e.g. model or ema. The default is the average."""
     output: Path | None = None
-    """Of weights: the file to write; NAME.deploy.safetensors beside NAME.pth where not given."""
+    """For weights only: the file to write. The default is NAME.deploy.safetensors beside NAME.pth."""
     class_names: Path | None = None
-    """Of weights: a text file with one class name a line, in the order of the logits."""
+    """For weights only: a text file with one class name a line, in the order of the logits."""
     image_size: int = 224
-    """Of weights: side length of the images the network is for, in pixels."""
+    """For weights only: side length in pixels of the images that the network is for."""
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
-    """Of weights: strides of the stem and of stage 1 to 4."""
+    """For weights only: strides of the stem and of stage 1 to 4."""
 
 
 def fuse_command(arguments: list[str]) -> int:
-    """Run the command; its exit status is an `ExitStatus`."""
+    """Run the command and return its exit status, an `ExitStatus`."""
 
     def run(_: Output) -> int:
         parsed = tyro.cli(_Arguments, args=arguments, prog=command("fuse"), description=_DESCRIPTION)
@@ -84,7 +84,7 @@ def fuse_command(arguments: list[str]) -> int:
 
 
 def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
-    """See that the arguments go together, and that none is given which says nothing about such a source."""
+    """Check that the arguments go together, and that none is given which says nothing about such a source."""
     source = parsed.source
     if kind == "weights" and not source.exists():
         raise FileNotFoundError(f"{source} does not exist: expected PyTorch weights, a deploy.safetensors or a run")

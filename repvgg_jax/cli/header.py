@@ -13,7 +13,7 @@ def start_jax() -> None:
     """Start JAX, keep what it compiles, and print what holds for the process.
 
     Raises:
-      ValueError: JAX cannot start.
+      ValueError: If JAX cannot start.
     """
     require_devices()
     kept = keep_compiled_programs()

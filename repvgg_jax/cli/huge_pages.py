@@ -20,8 +20,8 @@ HUGE_PAGES = ":".join(
 def restart_with_huge_pages() -> None:
     """Replace this process, under the same id, by the same command with `GLIBC_TUNABLES` set to `HUGE_PAGES`.
 
-    Scripts call it before they do anything. Where the variable is set already, even to nothing, and where there is no
-    glibc to read it (only Linux has it), the call does nothing.
+    Scripts call it before they do anything. It does nothing where the variable is set already, even to nothing, and on
+    other systems than Linux, which have no glibc to read it.
     """
     if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
         environment = {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
@@ -29,5 +29,5 @@ def restart_with_huge_pages() -> None:
 
 
 def are_on() -> bool:
-    """Whether this process was started with `HUGE_PAGES`."""
+    """Return whether this process was started with `HUGE_PAGES`."""
     return sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES

@@ -1,4 +1,4 @@
-"""What Orbax prints besides raising it."""
+"""What Orbax prints besides the errors that it raises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 def quieten_orbax() -> None:
-    """Keep quiet what Orbax tells of a checkpoint besides the error it raises, in hundreds of lines.
+    """Keep quiet what Orbax tells of a checkpoint besides the error that it raises, in hundreds of lines.
 
     They come from its logs, from coroutines it leaves behind and from threads of TensorStore, which go on when the
     command has ended. So this is for scripts, for the whole of the process, before they do anything.

@@ -1,4 +1,4 @@
-"""What a command prints, and readers of it that go away."""
+"""The output of a command, and readers of it that go away."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def fail(message: str, status: int) -> int:
 
 
 class Output:
-    """What became of standard output.
+    """The fate of standard output.
 
     Attributes:
-      failure: of the first write that failed, or None.
+      failure: The error of the first write that failed, or None.
     """
 
     # A pipe without a reader, a terminal that has hung up, a descriptor that is closed or not for writing.
@@ -46,14 +46,15 @@ class Output:
 def run_command(command: Callable[[Output], int]) -> int:
     """Run a command whose work does not depend on what it prints.
 
-    No `print` fails: what cannot be written is passed over, where the reader of a pipe has gone away, a terminal has
-    hung up, a disk is full, or a stream was closed from the start. A character that the encoding lacks is escaped.
+    No `print` fails. What cannot be written is skipped, whether the reader of a pipe has gone away, a terminal has hung
+    up, a disk is full, or a stream was closed from the start. A character that the encoding lacks is escaped.
 
     Args:
-      command: returns an exit status; it is told what becomes of its output, which may be all that it is there for.
+      command: The command. It returns an exit status, and is told what becomes of its output, which may be all that it
+        is there for.
 
     Returns:
-      Its exit status; 2, with the reason on standard error, where that is 0 and what it printed is lost.
+      Its exit status. Where that is 0 and what it printed is lost, it is 2, with the reason on standard error.
     """
     output = Output()
     try:
@@ -95,12 +96,12 @@ class _Tolerant:
         self._stream, self._output = stream, output
 
     def write(self, text: str) -> int:
-        """Write, or pass over."""
+        """Write a text, or skip it."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Write out, or pass over."""
+        """Write out what is in the buffer, or skip it."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""`repvgg-predict`, or `python -m repvgg_jax.predict`: what a trained network sees in images."""
+"""`repvgg-predict`, or `python -m repvgg_jax.predict`: classify image files by a trained network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from repvgg_jax.invocation import command
 from repvgg_jax.predict.classify import EXPECTED, Prediction, predict
 from repvgg_jax.terminal import printable
 
-_DESCRIPTION = "Classify images by the network in a deploy.safetensors."
+_DESCRIPTION = "Classify image files by the network in a deploy.safetensors, and print the likeliest classes."
 _LONGEST_LIST = 2**28
 
 
@@ -34,17 +34,17 @@ def list_images(
     """Expand what the command line names into image files.
 
     Args:
-      arguments: files, which are taken as they are; directories, which stand for the images that training would find
-        in them and below, sorted; '-', which stands for `lines`.
-      lines: paths of files and directories, exact to the last space; empty ones are passed over.
-      say: is told, in one line for each directory, what is left out there.
+      arguments: Files, which are taken as they are; directories, which stand for the images that training would find in
+        them and below, sorted; and '-', which stands for `lines`.
+      lines: Paths of files and directories, exact to the last space. Empty ones are skipped.
+      say: Is told, in one line for each directory, what is left out there.
 
     Returns:
-      Paths of files, and of the directories that cannot be read, or are one of `lines` and hold no image: `predict` has
-      an error for each.
+      Paths of files, and of directories that cannot be read, or that are one of `lines` and hold no image. `predict`
+      has an error for each such directory.
 
     Raises:
-      FileNotFoundError: a directory among the arguments holds no image.
+      FileNotFoundError: If a directory among the arguments holds no image.
     """
     found: list[str] = []
     for argument in arguments:
@@ -69,16 +69,20 @@ def _below(directory: str, say: Callable[[str], object]) -> list[str]:
 
 
 def read_list(stream: TextIO | None) -> list[str]:
-    """The paths in a list: one a line, or, where its last byte is NUL, one before each NUL, as `find -print0` writes.
+    """Read the paths in a list.
+
+    There is one a line. Where the last byte of the list is NUL, there is one before each NUL, as `find -print0` writes
+    them.
 
     Args:
-      stream: of text or with the bytes beneath it; None, as a closed standard input is, stands for an empty list.
+      stream: A stream of text, or of text with the bytes beneath it. None, as a closed standard input is, stands for an
+        empty list.
 
     Returns:
       Paths as `os.fsdecode` gives them, so that bytes which are not UTF-8 name the same file.
 
     Raises:
-      ValueError: the list is longer than 256 MiB.
+      ValueError: If the list is longer than 256 MiB.
     """
     if stream is None:
         return []
@@ -93,21 +97,21 @@ def read_list(stream: TextIO | None) -> list[str]:
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
     weights: tyro.conf.Positional[Path]
-    """A deploy.safetensors."""
+    """The deploy.safetensors of a network."""
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files; directories, searched for images; - for a list on standard input, one path a line, or each ended by
-    NUL as find -print0 writes them."""
+    """Image files, directories to search for images, or - for a list on standard input.
+    The list has one path a line, or each path ends with NUL as find -print0 writes it."""
     top: int = 5
-    """Classes per image."""
+    """Number of classes to print for each image, the likeliest first."""
     batch_size: int = 32
-    """Images per call of the network."""
+    """Number of images in a call of the network."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object a line: {"path", "classes": [{"name", "probability"}, …]} or {"path", "error"}. All of
-    it is ASCII, and paths are exact: a byte XX that is not UTF-8 is \\udcXX, which Python's os.fsencode turns back."""
+    """Print one JSON object a line: {"path", "classes": [{"name", "probability"}, …]} or {"path", "error"}.
+    All of it is ASCII. Paths are exact: a byte XX that is not UTF-8 is \\udcXX, which os.fsencode turns back."""
 
 
 def predict_command(arguments: Sequence[str]) -> int:
-    """Run the command; its exit status is an `ExitStatus`."""
+    """Run the command and return its exit status, an `ExitStatus`."""
     return guard(partial(_classify, arguments))
 
 

@@ -1,4 +1,4 @@
-"""Where the commands begin: what must be settled before JAX is loaded, and then the command itself."""
+"""The entry points of the commands: what must be settled before JAX is loaded, and then the command itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repvgg_jax.cli.orbax_noise import quieten_orbax
 
 
 def train() -> int:
-    """Run `repvgg-train`, or `python train.py`, in a process with huge pages; return the exit status."""
+    """Run `repvgg-train`, or `python train.py`, in a process with huge pages, and return the exit status."""
     restart_with_huge_pages()
     _quieten_xla()
     from repvgg_jax.cli.train import train_command
@@ -20,7 +20,7 @@ def train() -> int:
 
 
 def fuse() -> int:
-    """Run `repvgg-fuse`, or `python fuse.py`; return the exit status."""
+    """Run `repvgg-fuse`, or `python fuse.py`, and return the exit status."""
     _quieten_xla()
     from repvgg_jax.cli.fuse import fuse_command
 
@@ -29,7 +29,7 @@ def fuse() -> int:
 
 
 def predict() -> int:
-    """Run `repvgg-predict`, or `python -m repvgg_jax.predict`; return the exit status."""
+    """Run `repvgg-predict`, or `python -m repvgg_jax.predict`, and return the exit status."""
     _quieten_xla()
     from repvgg_jax.cli.predict import predict_command
 

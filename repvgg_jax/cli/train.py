@@ -1,4 +1,4 @@
-"""`repvgg-train`, or `python train.py`: train a RepVGG, fuse it, prove the two forms equal."""
+"""`repvgg-train`, or `python train.py`: train a RepVGG, fuse it, and prove that its two forms are equal."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class _Arguments:
     config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
     cluster: Annotated[Cluster, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Cluster)
     workdir: Path | None = None
-    """Run directory; an unfinished run of the same config in it is resumed. Default: runs/PRESET-TIMESTAMP."""
+    """Run directory. An unfinished run of the same config in it is resumed. The default is runs/PRESET-TIMESTAMP."""
     summary: bool = False
-    """Print the network's blocks in both forms (output shape, parameters, multiply-adds) and stop."""
+    """Print the network's blocks in both forms (output shape, parameters, multiply-adds), and stop."""
 
 
 def train_command(arguments: list[str]) -> int:
     """Run the command.
 
     Args:
-      arguments: an optional preset name (default 'digits'), then flags.
+      arguments: The name of a preset, 'digits' where there is none, and then flags.
 
     Returns:
-      The exit status, an `ExitStatus`; a run that Ctrl-C or SIGTERM stopped is saved.
+      The exit status, an `ExitStatus`. A run that Ctrl-C or SIGTERM stopped is saved.
     """
     return guard(partial(_train, arguments), remedy="name another --workdir or --data-dir", failures=_FAILURES)
 
@@ -69,8 +69,8 @@ def _train(arguments: list[str], _: Output) -> int:
         args=arguments,
         default=_Arguments(PRESETS[preset]),
         prog=f"{command('train')} {preset}",
-        description=f"Train a RepVGG, fuse it, and prove the two forms equal. Presets: {', '.join(PRESETS)}; "
-        f"the defaults below are those of {preset!r}. {STATUSES}",
+        description="Train a RepVGG, fuse it, and prove that the two forms are the same function. The first argument "
+        f"may be a preset: {', '.join(PRESETS)}. The defaults below are those of {preset!r}. {STATUSES}",
     )
     if parsed.summary:
         require_devices()
@@ -90,7 +90,7 @@ def _train(arguments: list[str], _: Output) -> int:
 
 
 def _summary(config: TrainConfig) -> str:
-    """The table of a config's network; the data set tells classes and channels where it is at hand."""
+    """Return the table of a config's network. The data set tells classes and channels where it is at hand."""
     try:
         dataset = load_dataset(config.data.dataset, data_dir=config.data.data_dir, seed=config.seed)
         classes, channels, note = dataset.num_classes, dataset.channels, ""

@@ -1,4 +1,4 @@
-"""Scripted training of RepVGG: configs, steps, loop, checkpoints, run reports."""
+"""Training of RepVGG by a config: steps, loop, checkpoints and reports of a run."""
 
 from repvgg_jax.training.config import PRESETS, TrainConfig
 from repvgg_jax.training.epoch import TrainingDivergedError

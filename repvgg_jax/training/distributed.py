@@ -15,19 +15,19 @@ class Cluster:
     """The processes that run this command together, each with its own devices."""
 
     distributed: bool = False
-    """Join the other processes of the cluster; Slurm, Open MPI, Kubernetes and TPU pods are recognised."""
+    """Join the other processes of the cluster. Slurm, Open MPI, Kubernetes and TPU pods are recognised."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where the cluster is not recognised."""
+    """HOST:PORT of process 0. Give it where the cluster is not recognised."""
     num_processes: int | None = None
-    """How many processes there are, where the cluster is not recognised."""
+    """Number of processes. Give it where the cluster is not recognised."""
     process_id: int | None = None
-    """Which of them this is, from 0, where the cluster is not recognised."""
+    """Number of this process, from 0. Give it where the cluster is not recognised."""
 
     def join(self) -> None:
-        """Wait for the other processes and connect to them; before anything is computed.
+        """Wait for the other processes and connect to them. Call it before anything is computed.
 
         Raises:
-          ValueError: no cluster is recognised, or the description of one is incomplete.
+          ValueError: If no cluster is recognised, or the description of one is incomplete.
         """
         described = (self.coordinator, self.num_processes, self.process_id)
         if not self.distributed:
@@ -48,15 +48,16 @@ class Cluster:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def on_primary(action: Callable[[], None]) -> None:
-    """Let process 0 do something while the others wait; where it fails, none goes on.
+    """Let process 0 do something while the others wait. Where it fails, none goes on.
 
     Raises:
-      ValueError, OSError: on process 0, what `action` raised; on the others, a ValueError that says so.
+      ValueError: If `action` raised one. On the other processes, if it raised a ValueError or an OSError.
+      OSError: If `action` raised one, on process 0.
     """
     failure: Exception | None = None
     if is_primary():
@@ -74,6 +75,6 @@ def on_primary(action: Callable[[], None]) -> None:
 
 
 def wait_for_all(place: str) -> None:
-    """Return when every process has come to this place, named the same everywhere."""
+    """Return when every process has come to this place, which has the same name on all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)

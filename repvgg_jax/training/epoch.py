@@ -24,24 +24,24 @@ _STEPS_BETWEEN_CHECKS = 10
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is not finite."""
+    """The loss of a training is infinite or NaN."""
 
 
 class Steps:
-    """Make the steps of an epoch while they are iterated over, to its end or until the run is to stop.
+    """Makes the steps of an epoch while they are iterated over, to its end or until the run is to stop.
 
-    The host runs two steps ahead of the device: what is yielded are the metrics of a step, computed, when two more
-    have been made.
+    The host runs two steps ahead of the device: the metrics of a step, computed, are yielded when two more steps have
+    been made.
 
     Args:
-      train_step: compiled, of this epoch.
-      state: before the first step; donated.
-      batches: placed on the devices; one is taken for each step.
-      numbers: of the steps to the end of the epoch, counted from 0 through the whole run.
-      interruption: is asked before each step.
+      train_step: The compiled step of this epoch.
+      state: State before the first step. It is donated.
+      batches: Batches placed on the devices. One is taken for each step.
+      numbers: Numbers of the steps to the end of the epoch, counted from 0 through the whole run.
+      interruption: Asked before each step whether to stop.
 
     Attributes:
-      state: after the last step that was made.
+      state: State after the last step that was made.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Steps:
             yield jax.block_until_ready(metrics)
 
     def metrics(self) -> EpochMetrics:
-        """Of all steps that were made, in order."""
+        """Return the metrics of all steps that were made, in order."""
         return [{name: float(value) for name, value in step.items()} for step in jax.device_get(self._made)]
 
 
 class FiniteCheck:
-    """See that the loss stays finite.
+    """Sees that the loss stays finite.
 
     Attributes:
-      saved_step: of the newest checkpoint, or None; for the message.
+      saved_step: Step of the newest checkpoint, or None; for the message.
     """
 
     def __init__(self, config: OptimizationConfig, saved_step: int | None = None):
@@ -88,10 +88,10 @@ class FiniteCheck:
         self._unchecked: list[jax.Array] = []
 
     def note(self, loss: jax.Array, epoch: int, step: int, *, last: bool) -> None:
-        """Note the loss of a step, counted from 1; every tenth time, and at the last, those noted are looked at.
+        """Note the loss of a step, counted from 1. Every tenth time, and at the last, those noted are looked at.
 
         Raises:
-          TrainingDivergedError: one of them is not finite, unless such steps are left out.
+          TrainingDivergedError: If one of them is not finite, unless such steps are left out.
         """
         if self._config.skip_nonfinite:
             return
@@ -102,7 +102,7 @@ class FiniteCheck:
                 self.require(float(value), f"epoch {epoch}, step {number}")
 
     def require(self, loss: float, where: str) -> None:
-        """Raise a TrainingDivergedError where a loss is not finite, with what can be done."""
+        """Raise a TrainingDivergedError, with what can be done, if a loss is not finite."""
         if not math.isfinite(loss):
             saved = "there is no checkpoint yet" if self.saved_step is None else f"step {self.saved_step} is saved"
             raise TrainingDivergedError(
@@ -116,7 +116,7 @@ def watch(steps: Steps, epoch: int, steps_per_epoch: int, check: FiniteCheck, ba
     """Make the steps of an epoch, while the check and the bar look at each.
 
     Raises:
-      TrainingDivergedError: a loss is not finite.
+      TrainingDivergedError: If a loss is not finite.
     """
     bar.begin_epoch(epoch)
     first = steps.numbers.start - (epoch - 1) * steps_per_epoch + 1
@@ -127,7 +127,7 @@ def watch(steps: Steps, epoch: int, steps_per_epoch: int, check: FiniteCheck, ba
 
 
 def summarize_epoch(metrics: EpochMetrics) -> dict[str, float]:
-    """The means over the steps of an epoch, without those left out, whose count is `skipped`."""
+    """Return the means over the steps of an epoch, without those left out, whose count is `skipped`."""
     kept = [step for step in metrics if not step.get("skipped")]
     names = [name for name in metrics[0] if name != "skipped"]
     # In float32, as the device gave them: the same to the last bit whether or not they were saved in between.
@@ -146,7 +146,10 @@ def epoch_record(
     images_per_second: float,
     seconds: float,
 ) -> dict[str, float]:
-    """What the log says of an epoch; the learning rate is that of its last step, the seconds include evaluation."""
+    """Return what the log says of an epoch.
+
+    The learning rate is that of its last step, and the seconds include evaluation.
+    """
     return {
         "epoch": epoch,
         "step": step,

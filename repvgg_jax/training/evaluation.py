@@ -1,4 +1,4 @@
-"""What a network makes of the test split."""
+"""Evaluation of a network on the test split."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from repvgg_jax.training.steps.mesh import shard_batch
 
 
 class Evaluation(NamedTuple):
-    """Means over the records of the test split, and what was predicted for each.
+    """The means over the records of the test split, and what was predicted for each.
 
     Attributes:
-      metrics: loss and accuracy.
-      labels: int `(N,)`.
-      predictions: int `(N,)`, in the same order.
+      metrics: Loss and accuracy.
+      labels: Integers `(records,)`, the true classes.
+      predictions: Integers `(records,)`, in the same order.
     """
 
     metrics: dict[str, float]
@@ -30,10 +30,13 @@ def evaluate(eval_step: jax.stages.Wrapped, variables: Any, batches: Iterable[An
     """Evaluate variables on every record of some batches.
 
     Args:
-      eval_step: from `make_eval_step`.
-      variables: of the training form.
-      batches: from `evaluation_batches`; all processes take as many.
-      mesh: of the run.
+      eval_step: The step from `make_eval_step`.
+      variables: The variables of the training form.
+      batches: The batches from `evaluation_batches`. All processes take as many.
+      mesh: The mesh of the run.
+
+    Returns:
+      Means and predictions.
     """
     results = [eval_step(variables, shard_batch(batch, mesh)) for batch in batches]
     loss, correct, count = (sum(float(result[name]) for result in results) for name in ("loss", "correct", "count"))

@@ -41,7 +41,14 @@ from repvgg_jax.training.steps.train_step import make_train_step
 
 
 class Result(NamedTuple):
-    """What a finished run returns; the same lies in its directory."""
+    """What a finished run returns. The same lies in its directory.
+
+    Attributes:
+      workdir: The run directory.
+      state: The train state after the last step. `state.eval_variables` is what was evaluated and fused.
+      comparison: The training form beside the deploy form, on the whole test split.
+      history: The metrics of each epoch, as in `metrics.jsonl`.
+    """
 
     workdir: Path
     state: TrainState
@@ -60,25 +67,28 @@ class Setting(NamedTuple):
 
 
 def train_and_evaluate(config: TrainConfig, workdir: str | os.PathLike[str]) -> Result:
-    """Train a RepVGG, fuse it, prove the two forms equal, and write a run directory.
+    """Train a RepVGG, fuse it, prove that the two forms are the same function, and write a run directory.
 
-    On all devices of all processes, where several have joined by `jax.distributed.initialize`; they must see one file
-    system. Process 0 writes and prints. SIGTERM and Ctrl-C end the step, save a checkpoint, and then raise.
+    The run takes all devices of all processes. Several processes join by `jax.distributed.initialize` first, and must
+    see one file system; process 0 writes and prints. SIGTERM or Ctrl-C lets the step end and a checkpoint be saved
+    before an error is raised. Among several processes, Ctrl-C stops at once.
 
     Args:
-      config: e.g. `PRESETS["digits"].replace(epochs=1)`.
-      workdir: the run directory; made if it does not exist. An unfinished run of the same config in it is resumed
-        from its newest checkpoint.
+      config: The settings, e.g. `PRESETS["digits"].replace(epochs=1)`.
+      workdir: The run directory, which is made if it does not exist. An unfinished run of the same config in it is
+        resumed from its newest checkpoint.
 
     Returns:
       The result.
 
     Raises:
-      ValueError: the config does not fit the data, the devices or the run in `workdir`, or the two forms are not
-        the same function.
-      FileNotFoundError: the data are not there.
-      TrainingDivergedError: the loss became infinite or NaN.
-      TerminatedError, KeyboardInterrupt: a signal came while it trained; the run is saved.
+      ValueError: If the config does not fit the data, the devices or the run in `workdir`.
+      EquivalenceError: If the two forms are not the same function, or that is not proven. It is a ValueError.
+      FileNotFoundError: If the data, or the run to start from, are not there.
+      OSError: If a file cannot be written. What is whole is named.
+      TrainingDivergedError: If the loss became infinite or NaN.
+      TerminatedError: If SIGTERM came while it trained. The run is saved.
+      KeyboardInterrupt: If Ctrl-C came while it trained. The run is saved.
     """
     workdir = run_directory(workdir)
     mesh = create_mesh()
@@ -176,7 +186,7 @@ def _setting(config: TrainConfig, dataset: ImageDataset, mesh: Mesh, steps_per_e
 
 
 def _training_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
-    """This process's share of an endless stream of batches."""
+    """Return this process's share of an endless stream of batches."""
     return train_iterator(
         dataset.train,
         batch_size=config.optimization.batch_size // jax.process_count(),
@@ -192,7 +202,7 @@ def _training_batches(config: TrainConfig, dataset: ImageDataset) -> Any:
 def _begin_or_restore(
     setting: Setting, normalization: Normalization, iterator: Any, checkpoints: Checkpoints
 ) -> tuple[TrainState, EpochMetrics]:
-    """The state to train from, and the metrics of the steps that an earlier process made of its epoch."""
+    """Return the state to train from, and the metrics of the steps that an earlier process made of its epoch."""
     if checkpoints.latest_step is None:
         return _begin(setting, normalization, iterator), []
     state, data_state, epoch_metrics, damaged = checkpoints.restore(abstract_state(*setting))
@@ -203,7 +213,7 @@ def _begin_or_restore(
 
 
 def _begin(setting: Setting, normalization: Normalization, iterator: Any) -> TrainState:
-    """A state to begin with, changed as the config says; the stream of batches stays at its beginning."""
+    """Return a state to begin with, changed as the config says. The stream of batches stays at its beginning."""
     config, state = setting.config, create_state(*setting)
     if config.start == StartConfig():
         return state
@@ -218,7 +228,7 @@ def _begin(setting: Setting, normalization: Normalization, iterator: Any) -> Tra
 def _compile(
     setting: Setting, normalization: Normalization, epochs: Iterable[int], steps_per_epoch: int
 ) -> dict[TrainConfig, jax.stages.Compiled]:
-    """The training step for each of the settings that these epochs have."""
+    """Compile the training step for each of the settings that these epochs have."""
     model, optimizer, config, channels, mesh = setting
     shapes = (abstract_state(*setting), abstract_batch(config, channels, mesh))
     # In the same order in every process: XLA's autotuning on GPUs waits for the others at each program.

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 class TerminatedError(RuntimeError):
-    """SIGTERM came, as a scheduler sends it before it takes the machine away; the run was saved."""
+    """SIGTERM came, as a scheduler sends it before it takes the machine away. The run was saved."""
 
 
 class Interruption:
@@ -26,7 +26,7 @@ class Interruption:
         return self.signal is not None
 
     def at_step(self, step: int) -> bool:
-        """Whether to stop before this step, counted from 0; all processes call it at each, and stop at the same.
+        """Return whether to stop before this step, counted from 0. All processes call it at each, and stop at the same.
 
         Several processes leave SIGTERM to JAX, which tells all of them and finds a step that none has passed. Ctrl-C
         stops them at once.
@@ -36,7 +36,7 @@ class Interruption:
         return bool(self)
 
     def exception(self, message: str) -> BaseException:
-        """What to raise when the run has been saved."""
+        """Return what to raise when the run has been saved."""
         return KeyboardInterrupt(message) if self.signal == signal.SIGINT else TerminatedError(message)
 
 
@@ -44,8 +44,8 @@ class Interruption:
 def interruptions() -> Iterator[Interruption]:
     """Note SIGTERM and the first SIGINT (Ctrl-C, a notebook's stop button) instead of stopping at once.
 
-    The second SIGINT stops at once. Outside of the main thread, where Python allows no handlers, and among several
-    processes, where JAX has its own, no handlers are set.
+    The second SIGINT stops at once. No handlers are set outside of the main thread, where Python allows none, and among
+    several processes, where JAX has its own.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:

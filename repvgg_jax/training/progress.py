@@ -1,4 +1,4 @@
-"""What a run prints: its header, a bar while it trains, a line an epoch."""
+"""What a run prints: its header, a bar while it trains, and a line for each epoch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def print_header(
     """Say what is trained, on what, and where, on process 0.
 
     Args:
-      config: of the run.
-      dataset: of the run.
-      workdir: the run directory.
-      done: steps that were made before.
-      steps_per_epoch: of the run.
-      compiled_in: seconds that compiling took.
+      config: The settings of the run.
+      dataset: The data set of the run.
+      workdir: The run directory.
+      done: Number of steps that were made before.
+      steps_per_epoch: Number of steps in an epoch.
+      compiled_in: Seconds that compiling took.
     """
     if not is_primary():
         return
@@ -51,7 +51,7 @@ def print_header(
 
 
 class ProgressBar:
-    """A bar over all steps of a run: never on processes that do not print, otherwise where there is a terminal."""
+    """A bar over all steps of a run, on the process that prints, where there is a terminal."""
 
     def __init__(self, total: int, done: int, batch_size: int):
         quiet = None if is_primary() else True
@@ -72,7 +72,7 @@ class ProgressBar:
         self._begun = self._shown = time.perf_counter()
 
     def show_step(self, metrics: dict[str, jax.Array], *, last: bool) -> None:
-        """Move on by a step; twice a second, and at the last step of the epoch, show its metrics."""
+        """Move on by a step. Twice a second, and at the last step of the epoch, show its metrics."""
         self._steps += 1
         self._bar.update()
         now = time.perf_counter()
@@ -91,7 +91,7 @@ class ProgressBar:
 
 
 def epoch_line(line: dict[str, float], epochs: int) -> str:
-    """The metrics of an epoch, as they are in the log, for a reader."""
+    """Return the metrics of an epoch, as they are in the log, for a reader."""
     return (
         f"epoch {line['epoch']:>{len(str(epochs))}}/{epochs}  "
         f"train loss {line['train/loss']:.4f} accuracy {100 * line['train/accuracy']:.2f} %  "

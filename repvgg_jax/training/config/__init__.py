@@ -1,4 +1,4 @@
-"""The settings of a training run: by topic, in one file, and ready-made."""
+"""The settings of a training run: by topic, in one config, and as presets."""
 
 from repvgg_jax.training.config.parts import (
     AugmentationConfig,

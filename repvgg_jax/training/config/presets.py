@@ -1,4 +1,4 @@
-"""Ready-made configs, by the name the command line takes. They are values: change them with `replace`."""
+"""Configs by the name that the command line takes. They are values: change them with `replace`."""
 
 from __future__ import annotations
 
@@ -159,3 +159,4 @@ PRESETS: dict[str, TrainConfig] = {
     "imagenet_heavy": _IMAGENET_HEAVY,
     "imagenet_plus": _IMAGENET_PLUS,
 }
+"""The ready-made configs by name."""

@@ -26,13 +26,14 @@ _ALWAYS = {"variant", "strides", "depths", "width_multiplier", "dataset", "image
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run, by topic. Batch sizes are global ones, whatever the number of devices.
+    """The settings of a training run, by topic.
 
-    A value: `PRESETS["cifar10"].replace(epochs=10, cutout=0)` is another config. A setting's name is also its flag on
-    the command line, `--cutout 0`; no two parts share a name.
+    A config is a value: `PRESETS["cifar10"].replace(epochs=10, cutout=0)` is another one. The name of a setting is also
+    its flag on the command line, `--cutout 0`. No two parts share a name. Batch sizes are those of all devices
+    together.
 
     Raises:
-      ValueError: a setting is of another type, out of range, or does not go with the others; the message names it.
+      ValueError: If a setting is of another type, out of range, or does not go with the others. The message names it.
     """
 
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
@@ -42,7 +43,7 @@ class TrainConfig:
     optimization: OptimizationConfig = dataclasses.field(default_factory=OptimizationConfig)
     checkpoints: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     seed: int = bounded(0, within(0, 2**63 - 1))
-    """Seed of initialisation, data order, augmentation and drawn splits."""
+    """Seed of initialisation, data order, augmentation and the test images drawn from a folder."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,21 +61,21 @@ class TrainConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting by its name, whatever the part it is in."""
+        """Every setting by its name, whatever the part that it is in."""
         return {name: getattr(self if part is None else getattr(self, part), name) for name, part in _PART_OF.items()}
 
     def replace(self, **settings: Any) -> TrainConfig:
-        """A config in which some settings have other values.
+        """Return a config in which some settings have other values. This one stays as it is.
 
         Args:
-          settings: by name, whatever the part they are in, e.g. `epochs=10, cutout=8`.
+          **settings: The settings by name, whatever the part that they are in, e.g. `epochs=10, cutout=8`.
 
         Returns:
-          The config; this one stays as it is.
+          The new config.
 
         Raises:
-          TypeError: there is no setting of that name.
-          ValueError: as the class.
+          TypeError: If there is no setting of a name.
+          ValueError: If the class refuses a value.
         """
         changes: dict[str | None, dict[str, Any]] = {}
         for name, value in settings.items():
@@ -86,9 +87,12 @@ class TrainConfig:
         return dataclasses.replace(self, **parts, **own)
 
     def at_epoch(self, epoch: int) -> TrainConfig:
-        """The settings of one epoch, counted from 1; those of the last `refine_epochs` have no strong augmentation.
+        """Return the settings of one epoch, counted from 1. The last `refine_epochs` have no strong augmentation.
 
-        As many epochs at most as come before them, so that a preset cut short still trains as it is meant to.
+        At most half of all epochs are refined, so that a preset that is cut short still trains as it is meant to.
+
+        Args:
+          epoch: Number of the epoch.
 
         References:
           He et al., *Data Augmentation Revisited*, arXiv:1909.09148.
@@ -99,7 +103,7 @@ class TrainConfig:
         return dataclasses.replace(self, augmentation=self.augmentation.refined())
 
     def save(self, path: Path) -> None:
-        """Write the config as JSON, an object for each part."""
+        """Write the config as JSON, with an object for each part."""
         write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -107,8 +111,8 @@ class TrainConfig:
         """Read a config that `save` wrote.
 
         Raises:
-          ValueError: the file is no config, lacks what says which network it is, or holds settings or values that this
-            version does not know; it is named, and the setting is.
+          ValueError: If the file is no config, lacks what says which network it is, or holds settings or values that
+            this version does not know. The message names the file and the setting.
         """
         try:
             settings = _flat(read_object(path))
@@ -120,7 +124,7 @@ class TrainConfig:
 
 
 def _part_of() -> dict[str, str | None]:
-    """The part that each setting is in, None for those of `TrainConfig` itself."""
+    """Return the part that each setting is in, or None for those of `TrainConfig` itself."""
     parts: dict[str, str | None] = {}
     for field in dataclasses.fields(TrainConfig):
         kind: Any = field.default_factory
@@ -135,10 +139,10 @@ _PART_OF = _part_of()
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings in the objects of a config's JSON, by name.
+    """Return the settings in the objects of a config's JSON, by name.
 
     Raises:
-      ValueError: there is one that is not known, or an object is something else.
+      ValueError: If there is one that is not known, or an object is something else.
     """
     settings: dict[str, Any] = {}
     found: list[tuple[str | None, str]] = []

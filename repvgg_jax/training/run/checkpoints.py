@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the train state, the position in the data and in the epoch, written by Orbax."""
+"""Checkpoints of a run, written by Orbax: the train state, and the position in the data and in the epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Restored(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-      data_state: of the data iterator.
-      epoch_metrics: of the steps of the unfinished epoch, in order; empty after a whole one.
-      damaged: steps of newer checkpoints that could not be read.
+      state: The train state.
+      data_state: State of the data iterator.
+      epoch_metrics: Metrics of the steps of the unfinished epoch, in order; empty after a whole one.
+      damaged: Steps of newer checkpoints that could not be read.
     """
 
     state: TrainState
@@ -59,12 +60,12 @@ class _MostAccurate(PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run directory, `checkpoints/STEP/`. Writing goes on in the background.
 
-    Orbax writes into a temporary directory and renames it when it is whole: a process killed meanwhile leaves the
+    Orbax writes into a temporary directory and renames it when it is whole. A process killed meanwhile leaves the
     earlier checkpoints as they were.
 
     Args:
-      workdir: the run directory.
-      keep: newest checkpoints kept, and the one of the best test accuracy besides; None keeps all.
+      workdir: The run directory.
+      keep: Number of newest checkpoints to keep, besides the one of the best test accuracy. None keeps all.
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
@@ -104,13 +105,13 @@ class Checkpoints:
         """Save the state under its step.
 
         Args:
-          state: the train state.
-          data_state: of the data iterator.
-          epoch_metrics: of the steps of the epoch so far, where it is not over.
-          accuracy: on the test split; the checkpoint where it is highest is kept.
+          state: The train state.
+          data_state: State of the data iterator.
+          epoch_metrics: Metrics of the steps of the epoch so far, where it is not over.
+          accuracy: Accuracy on the test split. The checkpoint where it is highest is kept.
 
         Raises:
-          OSError: this or the last checkpoint could not be written.
+          OSError: If this or the last checkpoint could not be written.
         """
         fields = _fields(state)
         progress = {"epoch_metrics": epoch_metrics or [], "accuracy": accuracy}
@@ -130,7 +131,7 @@ class Checkpoints:
         """Return when everything saved is on disk.
 
         Raises:
-          OSError: it could not be written.
+          OSError: If it could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -146,17 +147,17 @@ class Checkpoints:
             ) from error
 
     def restore(self, template: TrainState) -> Restored:
-        """Restore the newest checkpoint that is whole; warn of newer ones that are not.
+        """Restore the newest checkpoint that is whole, and warn of newer ones that are not.
 
         Args:
-          template: from `abstract_state`.
+          template: The state from `abstract_state`.
 
         Returns:
-          What it holds.
+          What the checkpoint holds.
 
         Raises:
-          FileNotFoundError: there is no checkpoint.
-          ValueError: none can be read, or they are of another network or optimizer than the template; the first
+          FileNotFoundError: If there is no checkpoint.
+          ValueError: If none can be read, or they are of another network or optimizer than the template. The first
             arrays that differ are named.
         """
         failures: dict[int, Exception] = {}
@@ -211,7 +212,7 @@ class Checkpoints:
         return TrainState(**restored["state"]), restored["data"], progress["epoch_metrics"]
 
     def _accuracy(self, step: int) -> float | None:
-        """That which a checkpoint was saved with; None where there was none or it cannot be read."""
+        """Return the accuracy that a checkpoint was saved with; None where there was none or it cannot be read."""
         try:
             items = ocp.args.Composite(progress=ocp.args.JsonRestore())
             return float(self._manager.restore(step, args=items)["progress"]["accuracy"])
@@ -232,14 +233,14 @@ class Checkpoints:
             )
 
     def _said(self, error: Exception) -> str:
-        """The first line of an error, of the directory by its own name."""
+        """Return the first line of an error, with the directory by its own name."""
         text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec=")[0]
         text = text.replace(str(self._shown), str(self.directory))
         return text if len(text) <= 240 else f"{text[:100]} … {text[-130:]}"
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state by field, without those that are None, so that a checkpoint from before such a field restores."""
+    """Return the state by field, without those that are None: a checkpoint from before such a field restores."""
     return {name: value for name, value in vars(state).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Taking a run directory: of one run, and by one process at a time."""
+"""The claim on a run directory: it is of one run, and of one process at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FIRST_FILES = ("dataset.json", "config.json", ".lock")
 
 
 def claim(workdir: Path, config: TrainConfig, record: DataRecord) -> None:
-    """Make a run directory, or see that the run in it is whole, of the same config and data.
+    """Make a run directory, or check that the run in it is whole, of the same config and data.
 
     Raises:
-      ValueError: the directory is another run's, or no directory; what differs is named; or its log is damaged.
+      ValueError: If the directory is another run's, or no directory, or its log is damaged. What differs is named.
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -54,13 +54,13 @@ def claim(workdir: Path, config: TrainConfig, record: DataRecord) -> None:
 
 @contextmanager
 def only_run_in(workdir: Path) -> Iterator[None]:
-    """Hold a run directory for this process; the system lets go of it when the process ends, however it ends.
+    """Hold a run directory for this process. The system lets go of it when the process ends, however it ends.
 
     Args:
-      workdir: the run directory; it exists.
+      workdir: The run directory. It exists.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: If another process holds it.
     """
     try:
         with FileLock(workdir / ".lock", timeout=0):

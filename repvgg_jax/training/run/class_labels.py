@@ -18,14 +18,14 @@ _FONTS = (
 
 
 def class_labels(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Labels for a picture, and the fonts that draw them.
+    """Return labels for a picture, and the fonts that draw them.
 
     Args:
-      class_names: any text, of any length.
+      class_names: Names of any text, of any length.
 
     Returns:
-      A label for each class: its name, one line of at most 24 characters; or, where the fonts at hand lack a character,
-      '#' and its place in `class_names`, from 0.
+      A label for each class, which is its name, as one line of at most 24 characters. Where the fonts at hand lack a
+      character, it is '#' and the place of the name in `class_names`, from 0.
     """
     names = [printable(name) for name in class_names]
     fonts, lacking = [], {ord(character) for name in names for character in name}
@@ -41,7 +41,7 @@ def class_labels(class_names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _characters(font: str) -> set[int]:
-    """Those that a font has; none where it is not installed."""
+    """Return the characters that a font has; none where it is not installed."""
     try:
         path = font_manager.findfont(font, fallback_to_default=False)
         return set(font_manager.get_font(path).get_charmap())

@@ -28,13 +28,13 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One form of a network.
+    """Figures of one form of a network.
 
     Attributes:
-      parameters: trainable ones.
-      megabytes: of all variables, 10⁶ bytes; the training form's include the batch statistics.
-      milliseconds: median forward time for one image, in evaluation batches.
-      accuracy: on the test split, in [0, 1].
+      parameters: Number of trainable parameters.
+      megabytes: Size of all variables in 10⁶ bytes. Those of the training form include the batch statistics.
+      milliseconds: Median time of the forward pass for one image, measured in evaluation batches.
+      accuracy: Accuracy on the test split, in [0, 1].
     """
 
     parameters: int
@@ -45,14 +45,16 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The two forms on the whole test split.
+    """The two forms of a network on the whole test split.
 
     Attributes:
-      agreement: of their logits.
-      labels: `(records,)` true classes.
-      predictions: `(records,)` classes the deploy form predicts.
-      differences: `(records, classes)` deploy logits minus training logits.
-      batch_size: images in a timed forward pass.
+      training: Figures of the training form.
+      deploy: Figures of the deploy form.
+      agreement: How the logits of the two forms compare.
+      labels: True classes, `(records,)`.
+      predictions: Classes that the deploy form predicts, `(records,)`.
+      differences: Deploy logits minus training logits, `(records, classes)`.
+      batch_size: Number of images in a timed forward pass.
     """
 
     training: Form
@@ -64,7 +66,7 @@ class Comparison:
     batch_size: int
 
     def table(self, style: str = "simple") -> str:
-        """The closing table, in one of tabulate's styles ('simple', 'github', …)."""
+        """Return the table that a run ends with, in one of tabulate's styles ('simple', 'github', …)."""
         a, b, found = self.training, self.deploy, self.agreement
         rows = [
             ("trainable parameters", f"{a.parameters:,}", f"{b.parameters:,}"),
@@ -89,8 +91,8 @@ class Comparison:
     def check(self) -> None:
         """Raise an EquivalenceError unless the forms agree, no prediction changed, and that proves something.
 
-        See `Agreement.require` for what proves nothing: logits that are not finite, and a network that answers every
-        test image the same.
+        `Agreement.require` says what proves nothing: logits that are not finite, and a network that answers every test
+        image the same.
         """
         self.agreement.require(TOLERANCE)
 
@@ -104,23 +106,23 @@ def fuse_and_compare(
 ) -> tuple[RepVGG, dict[str, Any], Comparison]:
     """Fuse a trained network and compare its two forms on every test image.
 
-    The comparison computes in float32 with float32 products, whatever the run's dtype: bf16 comes after fusing.
-    Times are those of the run's own dtype.
+    The comparison computes in float32 with float32 products, whatever the run's dtype. Times are those of the run's own
+    dtype.
 
     Args:
-      model: in its training form.
-      variables: `{'params', 'batch_stats'}`.
-      batches: makes a fresh pass over this process's share of the test split.
-      normalization: of the images.
-      mesh: of the run.
+      model: The network in its training form.
+      variables: Its variables, `{'params', 'batch_stats'}`.
+      batches: Returns a fresh pass over this process's share of the test split.
+      normalization: The normalisation of the images.
+      mesh: The mesh of the run.
 
     Returns:
-      The model in its deploy form, its variables, and the comparison; `comparison.check()` raises where the forms
-      differ.
+      The model in its deploy form, its variables, and the comparison. `comparison.check()` raises an error where the
+      forms differ.
 
     Raises:
-      ValueError: the variables cannot be fused.
-      EquivalenceError: the fused tree is not the one `deploy_model.init` makes.
+      ValueError: If the variables cannot be fused.
+      EquivalenceError: If the fused tree is not the one that `deploy_model.init` makes.
     """
     variables = jax.device_get(variables)  # the same on every process, each of which fuses for itself
     deploy_model, deploy_variables = fuse_model(model, variables)
@@ -172,7 +174,7 @@ def fuse_and_compare(
 def _interleaved_times(
     models: tuple[RepVGG, RepVGG], both: tuple[Any, Any], images: np.ndarray, repeats: int = 9
 ) -> list[float]:
-    """Median milliseconds for one image of each model, compiled for inference and measured in turn."""
+    """Return the median milliseconds for one image of each model, compiled for inference and measured in turn."""
     floats = jnp.asarray(images, jnp.float32) / 255
     forwards = [compile_inference(model, variables, floats) for model, variables in zip(models, both, strict=True)]
     times: list[list[float]] = [[] for _ in models]

@@ -20,7 +20,16 @@ class TrainingData(NamedTuple):
 
 
 class DataRecord(NamedTuple):
-    """What a run is about."""
+    """The data that a run was trained on.
+
+    Attributes:
+      train_images: Number of training images.
+      test_images: Number of test images.
+      channels: 1 (grey) or 3 (RGB).
+      class_names: One name for each class.
+      mean: Means of the channels, for pixels in [0, 1].
+      std: Standard deviations of the channels, for pixels in [0, 1].
+    """
 
     train_images: int
     test_images: int
@@ -31,13 +40,13 @@ class DataRecord(NamedTuple):
 
     @classmethod
     def of(cls, data: TrainingData) -> DataRecord:
-        """The record of the data of a run."""
+        """Return the record of the data of a run."""
         dataset, normalization = data
         return cls(len(dataset.train), len(dataset.test), dataset.channels, tuple(dataset.class_names), *normalization)
 
     @property
     def normalization(self) -> Normalization:
-        """Of the images, given or measured when the run began."""
+        """The normalisation of the images, given or measured when the run began."""
         return Normalization(self.mean, self.std)
 
     @classmethod
@@ -45,8 +54,8 @@ class DataRecord(NamedTuple):
         """Read the record of a run.
 
         Raises:
-          FileNotFoundError: there is none.
-          ValueError: it is damaged; file and field are named.
+          FileNotFoundError: If there is none.
+          ValueError: If it is damaged. File and field are named.
         """
         path = workdir / "dataset.json"
         if not path.is_file():
@@ -69,7 +78,7 @@ class DataRecord(NamedTuple):
         write_whole(workdir / "dataset.json", json.dumps(self._asdict(), indent=2) + "\n")
 
     def require(self, workdir: Path) -> None:
-        """Raise a ValueError where the data are not those that the run in a directory began with."""
+        """Raise a ValueError if the data are not those that the run in a directory began with."""
         earlier = DataRecord.load(workdir)._asdict()
         changed = [
             f"{name} was {earlier[name]}, is {now}" for name, now in self._asdict().items() if earlier[name] != now

@@ -1,4 +1,4 @@
-"""A run on disk: open its data, restore its training form, fuse it."""
+"""A run on disk: its data, its training form, and how it is fused."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ from repvgg_jax.training.steps.mesh import create_mesh, require_divisible
 
 
 class DataMissingError(FileNotFoundError):
-    """A run is whole, but the images it was trained on are not at hand."""
+    """The run is whole, but the images that it was trained on are not at hand."""
 
 
 def open_data(config: TrainConfig) -> TrainingData:
     """Open a config's data set, and find how its images are normalised.
 
-    As the config says; else as the run to start from; else by mean and standard deviation of the training split.
+    The config says so, or else the run to start from. Otherwise mean and standard deviation of the training split are
+    measured.
 
     Raises:
-      ValueError, FileNotFoundError: the data set is not there or not usable, or `mean` does not fit its channels.
+      ValueError: If the data set cannot be used, or `mean` does not fit its channels.
+      FileNotFoundError: If the data set is not there.
     """
     dataset = _open_dataset(config)
     normalization = config.data.normalization
@@ -67,7 +69,7 @@ def _open_dataset(config: TrainConfig) -> ImageDataset:
 
 
 def evaluation_batches(config: DataConfig, dataset: ImageDataset) -> Any:
-    """A fresh pass over this process's share of the test split."""
+    """Return a fresh pass over this process's share of the test split."""
     return eval_batches(
         dataset.test,
         batch_size=config.eval_batch_size // jax.process_count(),
@@ -91,20 +93,20 @@ def finish(
     """Fuse a trained network, compare its two forms, print the table; write `deploy.safetensors` and the report.
 
     Args:
-      workdir: the run directory.
-      config: of the run.
-      data: of the run.
-      model: in its training form.
-      variables: of the training form.
-      mesh: of the run.
-      check_only: write nothing.
+      workdir: The run directory.
+      config: The settings of the run.
+      data: The data of the run.
+      model: The network in its training form.
+      variables: Its variables.
+      mesh: The mesh of the run.
+      check_only: Whether to write nothing.
 
     Returns:
       The comparison.
 
     Raises:
-      ValueError: the forms are not the same function; nothing is written.
-      OSError: the weights or the report could not be written; what is whole is named.
+      EquivalenceError: If the forms are not the same function, or that is not proven. Nothing is written then.
+      OSError: If the weights or the report could not be written. What is whole is named.
     """
     dataset, normalization = data
     deploy_model, deploy_variables, comparison = fuse_and_compare(
@@ -138,25 +140,30 @@ def fuse_run(
     with_preprocess: bool = False,
     opset: int = OPSET,
 ) -> Comparison:
-    """Restore a run's newest checkpoint, fuse it, verify it on the test split, save it, and export it.
+    """Fuse the newest checkpoint of a run, verify it on the test split, and write `deploy.safetensors` and the report.
+
+    The table that compares the two forms is printed. The deploy form is also exported, where that is asked for.
 
     Args:
-      workdir: a run directory.
-      data_dir: where the data set lies now, if it has moved; of a `folder:PATH` run, the new PATH.
-      check_only: verify without writing.
-      export: formats to write the deploy form in, besides `deploy.safetensors`; see `export_deploy`.
-      with_preprocess: of the exported files.
-      opset: of the ONNX file.
+      workdir: The run directory.
+      data_dir: Where the data set lies now, if it has moved. For a run on `folder:PATH`, it is the new PATH.
+      check_only: Whether to verify without writing.
+      export: Formats to write the deploy form in besides `deploy.safetensors`: "onnx", "stablehlo". Each file is proven
+        on the test split.
+      with_preprocess: Whether the exported files take uint8 pixels and return probabilities, instead of normalised
+        images and logits.
+      opset: Version of the operators of the ONNX file.
 
     Returns:
-      The comparison.
+      The comparison of the two forms.
 
     Raises:
-      DataMissingError: the data set is not at hand.
-      FileNotFoundError: the directory is not a run, or holds no checkpoint.
-      ValueError: the forms are not the same function, the run cannot be read, or an exported file computes something
-        else.
-      ImportError: the extra of a format is not installed.
+      DataMissingError: If the data set is not at hand.
+      FileNotFoundError: If the directory is not a run, or holds no checkpoint.
+      EquivalenceError: If the two forms are not the same function, or an exported file computes something else.
+      ValueError: If the run cannot be read, the data are not those of the run, or arguments do not go together.
+      ImportError: If the extra of a format is not installed.
+      OSError: If a file cannot be written. What is whole is named.
     """
     workdir = run_directory(workdir)
     if not (workdir / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Export a `deploy.safetensors`, and prove what was written in its own runtime, on images."""
+"""Export of a `deploy.safetensors`: what is written is proven in its own runtime, on images."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Proof(NamedTuple):
     """How the logits of a file, read back, compare with those of the deploy form.
 
     Attributes:
-      agreement: of the logits, also where the file returns probabilities.
-      images: what they were computed of, 'test images' or 'images of noise'.
+      agreement: How the logits compare, also where the file returns probabilities.
+      images: What they were computed of, 'test images' or 'images of noise'.
     """
 
     agreement: Agreement
@@ -50,25 +50,27 @@ def export_deploy(
 ) -> dict[Path, Proof]:
     """Write `NAME.onnx` and `NAME.stablehlo` beside a `NAME.safetensors`.
 
-    Each file is read back and run on every image, and removed where it does not compute what the deploy form computes.
+    Each file is read back and run on every image. It is removed where it does not compute what the deploy form
+    computes.
 
     Args:
-      path: of the deploy form.
-      formats: of the files.
-      batches: makes a fresh pass over test images, uint8 `(batch, height, width, channels)`; eight images of noise
-        where not given.
-      with_preprocess: the files take uint8 pixels and return probabilities, instead of normalised images and logits.
-      opset: of the ONNX file.
+      path: The file of the deploy form.
+      formats: Formats to write.
+      batches: Returns a fresh pass over test images, uint8 `(batch, height, width, channels)`. By default there are
+        eight images of noise.
+      with_preprocess: Whether the files take uint8 pixels and return probabilities, instead of normalised images and
+        logits.
+      opset: Version of the operators of the ONNX file.
 
     Returns:
       How the outputs of each file compare with those of the deploy form, and on which images.
 
     Raises:
-      EquivalenceError: a file computes something else, or the images prove nothing; it is removed, and those before it
-        stay.
-      OSError: a file could not be written; those before it stay, and are named.
-      ImportError: the extra of a format is not installed.
-      ValueError: `opset` is another, or as `load_deploy`, `to_onnx` and `to_stablehlo`.
+      EquivalenceError: If a file computes something else, or the images prove nothing. It is removed, and those before
+        it stay.
+      OSError: If a file could not be written. Those before it stay, and are named.
+      ImportError: If the extra of a format is not installed.
+      ValueError: If `opset` is another, or `load_deploy`, `to_onnx` or `to_stablehlo` raises one.
     """
     require_export(path, formats, opset=opset)
     deployed = load_deploy(path)
@@ -102,19 +104,19 @@ def require_export(
     with_preprocess: bool = False,
     opset: int = OPSET,
 ) -> None:
-    """See, before any work, that a deploy form can be exported as is asked.
+    """Check, before any work, that a deploy form can be exported as is asked.
 
     Args:
-      path: of the deploy form, which need not be there yet.
-      formats: to export it in; none is fine.
-      check_only: whether nothing is to be written.
-      with_preprocess: of the exported files.
-      opset: of the ONNX file.
+      path: The file of the deploy form, which need not be there yet.
+      formats: Formats to export it in. There may be none.
+      check_only: Whether nothing is to be written.
+      with_preprocess: Whether the exported files take pixels.
+      opset: Version of the operators of the ONNX file.
 
     Raises:
-      ValueError: the arguments do not go together.
-      ImportError: the extra of a format is not installed.
-      OSError: a file cannot be written beside `path`.
+      ValueError: If the arguments do not go together.
+      ImportError: If the extra of a format is not installed.
+      OSError: If a file cannot be written beside `path`.
     """
     if formats and check_only:
         raise ValueError("export and check_only are both given: expected one of them, since check_only writes nothing")
@@ -129,7 +131,10 @@ def require_export(
 
 
 def is_deploy_form(path: Path) -> bool:
-    """Whether a file is a `deploy.safetensors` of this package, of any version: by its metadata, whatever its name."""
+    """Return whether a file is a `deploy.safetensors` of this package, of any version.
+
+    Its metadata tell so, whatever its name.
+    """
     if not path.is_file():
         return False
     try:
@@ -140,7 +145,7 @@ def is_deploy_form(path: Path) -> bool:
 
 
 def describe(exported: Mapping[Path, Proof]) -> str:
-    """What `export_deploy` found, a line for each file."""
+    """Return what `export_deploy` found, with a line for each file."""
     return "\n".join(
         f"{printable(str(path))}: largest difference {found.relative:.1e} of the largest logit, "
         f"{found.predictions_changed} predictions changed on {found.compared:,} {images}"
@@ -149,13 +154,16 @@ def describe(exported: Mapping[Path, Proof]) -> str:
 
 
 def _exported(path: Path, name: Format) -> Path:
-    """`NAME.onnx` of `NAME.safetensors`; of any other name, all of it is kept, so that no two files share one."""
+    """Return `NAME.onnx` for `NAME.safetensors`. Another name is kept whole, so that no two files share one."""
     stem = path.name[: -len(".safetensors")] if path.name.lower().endswith(".safetensors") else path.name
     return path.with_name(f"{stem}.{name}")
 
 
 def _noise(deployed: Deployed) -> list[Batch]:
-    """Images of random squares with sides of 1, 2, 4, … pixels: no two alike, so that a network tells them apart."""
+    """Return images of random squares with sides of 1, 2, 4, … pixels.
+
+    No two are alike, so that a network tells them apart.
+    """
     size, rng = deployed.preprocess.image_size, np.random.default_rng(0)
     images = []
     for index in range(_NOISE_IMAGES):
@@ -239,7 +247,7 @@ def _compare(of_logits: _Run, of_file: _Run | None, deployed: Deployed, batches:
     """Compare logits with those of the deploy form and, where a file takes pixels, its probabilities with theirs.
 
     Raises:
-      EquivalenceError: they differ, or prove nothing.
+      EquivalenceError: If they differ, or prove nothing.
     """
     preprocess = deployed.preprocess
 
@@ -270,7 +278,7 @@ def _compare(of_logits: _Run, of_file: _Run | None, deployed: Deployed, batches:
 
 
 def _require_softmax(logits: np.ndarray, probabilities: np.ndarray) -> None:
-    """See that probabilities are the softmax of logits that one runtime computed of the same images."""
+    """Check that probabilities are the softmax of logits that one runtime computed of the same images."""
     exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     difference = np.abs(exponentials / exponentials.sum(-1, keepdims=True) - probabilities).max()
     # Logits that round otherwise in the second graph move their softmax by as much.

@@ -1,4 +1,4 @@
-"""What a run measured, epoch by epoch: `metrics.jsonl` and TensorBoard."""
+"""The metrics of a run, epoch by epoch: `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class MetricsLog:
     """Appends to `metrics.jsonl` and to TensorBoard's event files of a run directory.
 
     Args:
-      workdir: the run directory.
-      resume_epoch: epochs already in the log that stay; later lines, from a run that was cut off after its last
-        checkpoint, go.
-      write: keep the history only, for processes that do not write.
+      workdir: The run directory.
+      resume_epoch: Number of epochs already in the log that stay. Later lines, from a run that was cut off after its
+        last checkpoint, go.
+      write: Whether to write. Processes that do not write keep the history alone.
     """
 
     def __init__(self, workdir: Path, resume_epoch: int = 0, *, write: bool = True):
@@ -49,10 +49,10 @@ class MetricsLog:
                 self._board.close()
 
     def write(self, line: dict[str, float]) -> None:
-        """Add the metrics of one epoch; `epoch` and `step` are among them.
+        """Add the metrics of one epoch. `epoch` and `step` are among them.
 
-        Where the file cannot be written, e.g. because the disk is full, a warning says so; the next epoch tries again.
-        TensorBoard's files are given up then.
+        Where the file cannot be written, e.g. because the disk is full, a warning says so, and the next epoch tries
+        again. TensorBoard's files are given up then.
         """
         self.history.append(line)
         if not self._writes:
@@ -91,10 +91,10 @@ class MetricsLog:
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """Read the lines of a run's `metrics.jsonl`; none where there is no such file.
 
-    A last line that was cut off when the run was killed is passed over.
+    A last line that was cut off when the run was killed is skipped.
 
     Raises:
-      ValueError: another line is damaged, or is not an object of numbers with an `epoch` and a `step`; the file and
+      ValueError: If another line is damaged, or is not an object of numbers with an `epoch` and a `step`. The file and
         the line are named.
     """
     path = workdir / "metrics.jsonl"
@@ -115,7 +115,7 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
 
 
 def _fault(line: Any) -> str | None:
-    """What is wrong with a line, or None."""
+    """Return what is wrong with a line, or None."""
     if not isinstance(line, dict):
         return f"{shown(line)} is no object"
     for name, value in line.items():

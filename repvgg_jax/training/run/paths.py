@@ -21,10 +21,12 @@ _UNREADABLE = "is a path that Orbax would misread: name a directory of letters, 
 
 
 def run_directory(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a run directory, with `~` replaced, so that a later change of directory moves nothing.
+    """Return the absolute path of a run directory, with `~` replaced.
+
+    A later change of the working directory moves nothing then.
 
     Raises:
-      ValueError: the path is a URL, begins with the `~` of nobody, or holds a NUL.
+      ValueError: If the path is a URL, begins with the `~` of nobody, or holds a NUL.
     """
     path = Path(path)
     if _URL.match(os.fspath(path)):
@@ -44,10 +46,11 @@ def run_directory(path: str | os.PathLike[str]) -> Path:
 def plain_path(directory: Path) -> Iterator[Path]:
     """Yield a path to a directory, made if it is not there, that Orbax and TensorStore take for nothing else.
 
-    It is the directory's own where that is plain. Otherwise it is a link in a temporary directory, gone at the end.
+    It is the directory's own path where that is plain. Otherwise it is a link in a temporary directory, which is gone
+    at the end.
 
     Raises:
-      ValueError: no link can be made.
+      ValueError: If no link can be made.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if _is_plain(directory):

@@ -51,7 +51,7 @@ def _harmless(draw: _Draw) -> _Draw:
 
 @_harmless
 def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """Draw loss and accuracy over the epochs, training beside test; a picture that is there is replaced at once."""
+    """Draw loss and accuracy over the epochs, training beside test. An earlier picture is replaced at once."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -76,9 +76,9 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
 
 @_harmless
 def draw_confusion(path: Path, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> None:
-    """Draw the confusion matrix, rows normalised to the true class.
+    """Draw the confusion matrix, with rows normalised to the true class.
 
-    Cells carry counts up to 20 classes. Above 1000, a row stands for several classes that follow each other.
+    Cells carry counts up to 20 classes. Above 1000 classes, a row stands for several that follow each other.
     """
     from matplotlib.figure import Figure
 
@@ -135,8 +135,8 @@ class Pictures:
     """The pictures of a run while it trains, `curves.png` and `confusion.png`.
 
     Args:
-      workdir: the run directory.
-      class_names: of the data set.
+      workdir: The run directory.
+      class_names: Names of the classes.
     """
 
     def __init__(self, workdir: Path, class_names: Sequence[str]):
@@ -144,7 +144,7 @@ class Pictures:
         self._drawn = -math.inf
 
     def draw(self, history: list[dict[str, float]], labels: np.ndarray, predictions: np.ndarray) -> None:
-        """Draw them, unless it was done a few seconds ago: it takes half a second, and epochs can be short."""
+        """Draw them, unless that was done a few seconds ago: it takes half a second, and epochs can be short."""
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_PICTURES:
             draw_curves(self._workdir / "curves.png", history)
             draw_confusion(self._workdir / "confusion.png", labels, predictions, self._class_names)

@@ -32,12 +32,12 @@ def write_report(
     """Write `report.md`, `curves.png`, `confusion.png` and `differences.png` into a run directory.
 
     Args:
-      workdir: the run directory.
-      config: of the run.
-      history: the lines of `metrics.jsonl`.
-      comparison: of the two forms.
-      normalization: of the images.
-      class_names: one for each class.
+      workdir: The run directory.
+      config: The settings of the run.
+      history: The lines of `metrics.jsonl`.
+      comparison: The comparison of the two forms.
+      normalization: The normalisation of the images.
+      class_names: One name for each class.
 
     Returns:
       The path of the report.

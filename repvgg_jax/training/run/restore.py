@@ -1,4 +1,4 @@
-"""The network of a run, as its newest checkpoint holds it."""
+"""The network of a run, restored from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def restore(workdir: Path, mesh: Mesh) -> tuple[RepVGG, TrainState]:
     """Restore a run.
 
     Args:
-      workdir: the run directory.
-      mesh: of the devices that the state is to lie on, replicated.
+      workdir: The run directory.
+      mesh: Mesh of the devices that the state is to lie on, replicated.
 
     Returns:
-      The model in its training form, and the train state; `state.eval_variables` is what the run evaluates.
+      The model in its training form, and the train state. `state.eval_variables` is what the run evaluates.
 
     Raises:
-      FileNotFoundError: the directory holds no run, or no checkpoint.
-      ValueError: the run cannot be read.
+      FileNotFoundError: If the directory holds no run, or no checkpoint.
+      ValueError: If the run cannot be read.
     """
     config, record = TrainConfig.load(workdir / "config.json"), DataRecord.load(workdir)
     model = config.network.create_model(len(record.class_names))

@@ -1,1 +1,1 @@
-"""What training begins with besides fresh variables: a stem made white, blocks near the identity, other weights."""
+"""The start of a training besides fresh variables: a whitened stem, blocks near the identity, or other weights."""

@@ -15,21 +15,21 @@ _PASSING_BIAS = 1 / math.sqrt(math.pi - 1)
 def residual_start(variables: dict[str, Any], *, scale: float) -> dict[str, Any]:
     """Let the identity branch of each block that has one pass its input, and quieten the branches beside it.
 
-    As published, the three norms of a block begin with scale 1 and bias 0: the input is a third of the variance of
+    As published, the three norms of a block begin with scale 1 and bias 0. The input is then a third of the variance of
     what is rectified, and what lies below its mean is cut off in every block. After 14 blocks no pixel of a channel is
-    correlated with what it was. Here the norms behind the convolutions begin with scale `scale`, the identity's with
-    the bias that keeps a rectified input whole. Blocks without an identity branch begin as published. Nothing else
+    correlated with what it was. Here the norms behind the convolutions begin with the scale `scale`, and the identity's
+    with the bias that keeps a rectified input whole. Blocks without an identity branch begin as published. Nothing else
     changes: neither the network nor how it is fused.
 
     Args:
       variables: `{'params', 'batch_stats'}` of a training form, freshly initialised.
-      scale: of the norms behind the 3×3 and the 1×1 convolution.
+      scale: Scale of the norms behind the 3×3 and the 1×1 convolution.
 
     Returns:
       Variables of the same shapes and dtypes.
 
     References:
-      The idea of residual networks whose branches begin small: Goyal et al., arXiv:1706.02677, section 5.1.
+      Residual networks whose branches begin small: Goyal et al., arXiv:1706.02677, section 5.1.
     """
     return {
         **variables,

@@ -1,4 +1,4 @@
-"""What training begins with: fresh variables made quicker to train, an earlier run, or a deploy form."""
+"""The start of a training: fresh variables made quicker to train, an earlier run, or a deploy form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from repvgg_jax.training.steps.mesh import create_mesh
 
 
 class Origin(NamedTuple):
-    """What a run starts from: the network in its training form, and the images it was trained on."""
+    """What a run starts from: a network in its training form, and how the images it was trained on are normalised."""
 
     model: RepVGG
     normalization: Normalization
@@ -35,9 +35,9 @@ def find_origin(config: StartConfig) -> Origin:
     """Look at what `init_from` names.
 
     Raises:
-      ValueError: it is a file of the deploy form, which cannot be trained on, and `reopen` is not given; or the file
-        is damaged.
-      FileNotFoundError: it is no run directory, or no file.
+      ValueError: If it is a file of the deploy form, which cannot be trained on, and `reopen` is not given, or if the
+        file is damaged.
+      FileNotFoundError: If it is no run directory, or no file.
     """
     path = run_directory(str(config.init_from))
     if config.reopen:
@@ -58,15 +58,15 @@ def find_origin(config: StartConfig) -> Origin:
 
 
 def require_same_network(config: TrainConfig, channels: int) -> None:
-    """See that what `init_from` names, if anything, is the network of `config`, whatever the classes.
+    """Check that what `init_from` names, if anything, is the network of a config, whatever the classes.
 
     Args:
-      config: of the new run.
-      channels: of its images.
+      config: The settings of the new run.
+      channels: Number of channels of its images.
 
     Raises:
-      ValueError: the networks differ; the first arrays that do are named. Or there is nothing to start from.
-      FileNotFoundError: there is no such run.
+      ValueError: If the networks differ, or there is nothing to start from. The first arrays that differ are named.
+      FileNotFoundError: If there is no such run.
     """
     if config.start.init_from is None:
         return
@@ -90,20 +90,20 @@ def start_from(
 ) -> dict[str, Any]:
     """Change freshly initialised variables as the config says, or replace them by those that `init_from` names.
 
-    Taken from a run is what it evaluates, the moving average where it has one. Heads of another number of classes stay
+    What a run evaluates is taken from it: the moving average where it has one. Heads of another number of classes stay
     as they were initialised.
 
     Args:
-      config: of the new run.
-      normalization: of its images.
-      variables: {'params', 'batch_stats'} of the training form, replicated over devices.
-      batch: gives a batch of training images, to whiten the stem or to reopen a deploy form with.
+      config: The settings of the new run.
+      normalization: The normalisation of its images.
+      variables: `{'params', 'batch_stats'}` of the training form, replicated over devices.
+      batch: Returns a batch of training images, to whiten the stem or to reopen a deploy form with.
 
     Returns:
       Variables of the same shapes, dtypes and shardings.
 
     Raises:
-      FileNotFoundError: there is no such run, or it holds no checkpoint.
+      FileNotFoundError: If there is no such run, or it holds no checkpoint.
     """
     start = config.start
     if start.init_from is None:
@@ -154,6 +154,6 @@ def _reopened(
 
 
 def _shapes(model: RepVGG, channels: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network's arrays by name, but for its heads."""
+    """Return the shapes of a network's arrays by name, but for its heads."""
     found = shapes_by_name(abstract_variables(model, channels))
     return {name: shape for name, shape in found.items() if "head" not in name.split("/")}

@@ -1,4 +1,4 @@
-"""A stem that sees small images white from the first step."""
+"""A stem that decorrelates the pixels of small images from the first step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def whiten_stem(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
     """Put the principal components of the images' patches into the stem's 3×3 kernel, each with both signs.
 
     The batch norm behind it divides them by their deviations, so that the stem begins with decorrelated channels
-    instead of many that all follow brightness. The 1×1 branch begins with scale 0; both are trained like the rest.
+    instead of many that all follow brightness. The 1×1 branch begins with scale 0. Both are trained like the rest.
     Channels beyond twice the number of components stay as they are.
 
     Args:
-      variables: of a training form, freshly initialised.
-      images: `(batch, height, width, channels)`, normalised as in training; height and width at least 3.
+      variables: Variables of a training form, freshly initialised.
+      images: `(batch, height, width, channels)`, normalised as in training. Height and width are at least 3.
 
     Returns:
       Variables of the same shapes and dtypes.

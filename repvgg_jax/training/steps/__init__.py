@@ -1,1 +1,1 @@
-"""What the devices do: the training step with all it is made of, and the evaluation step."""
+"""The steps that the devices compute: the training step with all its parts, and the evaluation step."""

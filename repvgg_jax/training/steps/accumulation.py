@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch taken in pieces, for networks whose activations do not fit at once."""
+"""Gradient accumulation: a batch computed in pieces, for networks whose activations do not fit at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def accumulate(
     compute: Callable[[Any, Any], tuple[Any, Any]], batch_stats: Any, batch: Any, *, steps: int, mesh: Mesh
 ) -> tuple[Any, Any]:
-    """Run a function on each microbatch in turn; thread the batch statistics through, average the rest.
+    """Run a function on each microbatch in turn. The batch statistics are passed on, and the rest is averaged.
 
-    Microbatch i holds the rows i, i + steps, i + 2·steps, …: every device splits the rows it already has.
-    A loop takes them, which bounds the memory; XLA:CPU is about twice as slow inside one, so this is for accelerators.
+    Microbatch i holds the rows i, i + steps, i + 2·steps, …, so every device splits the rows that it already has. A
+    loop takes them, which bounds the memory. XLA:CPU is about twice as slow inside a loop, so this is for accelerators.
 
     Args:
-      compute: `(batch_stats, microbatch) -> (batch_stats, means)`; means is a tree of floating-point arrays, each an
-        average over the microbatch.
-      batch_stats: before the first microbatch.
-      batch: tree of `(B, …)` arrays, sharded over the mesh.
-      steps: microbatches; must divide B / mesh.size. With 1 this is `compute(batch_stats, batch)`.
-      mesh: from `create_mesh`.
+      compute: `(batch_stats, microbatch) -> (batch_stats, means)`. The means are a tree of floating-point arrays, each
+        an average over the microbatch.
+      batch_stats: Batch statistics before the first microbatch.
+      batch: Tree of `(batch, …)` arrays, sharded over the mesh.
+      steps: Number of microbatches. It must divide batch / mesh.size. With 1 this is `compute(batch_stats, batch)`.
+      mesh: The mesh from `create_mesh`.
 
     Returns:
       The batch statistics after the last microbatch, and the means over the whole batch.

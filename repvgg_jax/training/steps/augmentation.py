@@ -1,4 +1,4 @@
-"""From a raw batch to what the network sees in training: augmented, normalised images and soft targets."""
+"""The way from a raw batch to what the network sees in training: augmented, normalised images and soft targets."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ def augment(
     seed: int,
     epoch: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Crop, flip, TrivialAugment and colour, normalise, cut out, mix; what the config leaves off costs nothing.
+    """Augment and normalise a batch of images, and make its targets.
+
+    The order is: crop, flip, TrivialAugment, colour, normalise, cut out, mix. What the config leaves off costs nothing.
 
     Args:
-      key: random key; each ingredient has its own part of it, so that switching one on changes no other's draw.
-      batch: 'image', uint8 `(B, H, W, C)`, 'label' and 'index', int32 `(B,)`.
-      config: says which.
-      normalization: of the images.
-      num_classes: length of a target.
-      seed: of the run.
-      epoch: decides, with `alternate_flip`, the index and the seed, which images are mirrored.
+      key: Random key. Each ingredient has its own part of it, so that switching one on changes no other's draw.
+      batch: 'image', uint8 `(batch, height, width, channels)`, and 'label' and 'index', int32 `(batch,)`.
+      config: The settings that say which ingredients there are.
+      normalization: The normalisation of the images.
+      num_classes: Length of a target.
+      seed: Seed of the run.
+      epoch: Number of the epoch. With `alternate_flip` it decides, with the index and the seed, which images are
+        mirrored.
 
     Returns:
-      float32 images `(B, H, W, C)` and smoothed, mixed targets `(B, num_classes)`.
+      float32 images `(batch, height, width, channels)`, and smoothed, mixed targets `(batch, num_classes)`.
     """
     crop_key, flip_key, color_key, cutout_key, mix_key, policy_key = jax.random.split(key, 6)
     images = batch["image"]

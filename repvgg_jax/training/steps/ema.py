@@ -11,17 +11,17 @@ import jax.numpy as jnp
 def update_ema(ema: Any, variables: Any, step: jax.Array, decay: float) -> Any:
     """Move the average towards the variables.
 
-    The decay of a step is min(decay, (1 + step) / (10 + step)): early on the average forgets its start quickly, as in
-    TensorFlow's `ExponentialMovingAverage`.
+    The decay of a step is min(decay, (1 + step) / (10 + step)). Early on, the average therefore forgets its start
+    quickly, as in TensorFlow's `ExponentialMovingAverage`.
 
     Args:
-      ema: the average so far, a tree of floating-point arrays.
-      variables: a tree of the same structure.
-      step: updates made before this one, a scalar.
-      decay: of all later steps, in [0, 1).
+      ema: The average so far, a tree of floating-point arrays.
+      variables: A tree of the same structure.
+      step: Number of updates made before this one, a scalar.
+      decay: Decay of all later steps, in [0, 1).
 
     Returns:
-      decay · ema + (1 - decay) · variables, of the same dtypes; what does not change stays as it is to the last bit.
+      decay · ema + (1 - decay) · variables, of the same dtypes. What does not change stays as it is to the last bit.
     """
     now = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: (old + (1 - now) * (new - old)).astype(old.dtype), ema, variables)

@@ -1,4 +1,4 @@
-"""The jitted evaluation step over a mesh of devices."""
+"""The compiled evaluation step over a mesh of devices."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from repvgg_jax.training.steps.mesh import Batch
 
 
 def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> jax.stages.Wrapped:
-    """Build the jitted evaluation step of either form.
+    """Build the evaluation step of either form, under `jit`.
 
     Args:
-      model: in the form of the variables it will be given.
-      normalization: of the images.
-      mesh: from `create_mesh`; its size must divide the batch.
+      model: The network, in the form of the variables that the step will be given.
+      normalization: The normalisation of the images.
+      mesh: The mesh from `create_mesh`. Its size must divide the batch.
 
     Returns:
       `step(variables, {'image', 'label', 'mask'}) -> {'logits' (batch, classes), 'label', 'mask', 'loss' (sum),
-      'correct', 'count'}` of the global batch, replicated; rows whose mask is False count in no sum.
+      'correct', 'count'}` of the global batch, replicated. Rows whose mask is False count in no sum.
     """
 
     def step(variables: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -16,12 +16,12 @@ Batch = Mapping[str, Any]
 
 
 def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh, axis 'data', over all devices of all processes (or those given)."""
+    """Return a one-dimensional mesh, axis 'data', over the given devices or over all devices of all processes."""
     return Mesh(np.asarray(devices or jax.devices()), ("data",))
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
-    """Raise a ValueError unless the mesh, times its microbatches in training, divides the config's batch sizes."""
+    """Raise a ValueError unless the mesh divides the batch sizes of a config, in training times its microbatches."""
     for field in fields:
         size = config.settings[field]
         microbatches = config.optimization.accumulate_steps if field == "batch_size" else 1
@@ -35,13 +35,13 @@ def require_divisible(config: TrainConfig, mesh: Mesh, *fields: str) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Put this process's rows of a batch on its devices; the result is the global batch."""
+    """Put this process's rows of a batch on its devices, and return the global batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
 def abstract_batch(config: TrainConfig, channels: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and shardings of a training batch."""
+    """Return the shapes, dtypes and shardings of a training batch."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     size = config.data.image_size
     shape = (config.optimization.batch_size, size, size, channels)

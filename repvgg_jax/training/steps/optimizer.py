@@ -1,4 +1,4 @@
-"""SGD with the learning-rate schedule and the weight-decay mask of the official implementation, or Muon besides."""
+"""SGD with the learning-rate schedule and the weight-decay mask of the official implementation, and Muon beside it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from repvgg_jax.training.config import OptimizationConfig
 
 
 def learning_rate_schedule(config: OptimizationConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up from 0, for at most half of all steps, then a cosine or a straight line to 0 at the last.
+    """Return the learning rate as a function of the step.
+
+    It rises from 0 in a straight line, for at most half of all steps, and then falls to 0 at the last step as a cosine
+    or in a straight line.
 
     Args:
-      config: gives the peak rate (scaled to its batch size), the warm-up, the shape of the decay and the epochs.
-      steps_per_epoch: training steps in an epoch.
+      config: The settings: the peak rate (scaled to its batch size), the warm-up, the shape of the decay and the
+        epochs.
+      steps_per_epoch: Number of training steps in an epoch.
 
     Returns:
       A function from the step (counted from 0) to the learning rate.
@@ -40,17 +44,20 @@ def learning_rate_schedule(config: OptimizationConfig, steps_per_epoch: int) -> 
 
 
 def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:
-    """Which parameters decay: kernels, and the scale of the identity branch's norm.
+    """Return which parameters decay: kernels, and the scale of the identity branch's norm.
 
-    Biases do not, and neither do the scales of the norms behind a convolution, which the convolution's own kernel
-    can undo; the identity branch has no kernel, its scale is its weight (official repository, `train.py`).
+    Biases do not decay, and neither do the scales of the norms behind a convolution, which the convolution's own kernel
+    can undo. The identity branch has no kernel: its scale is its weight.
 
     Args:
-      params: the tree of parameters.
-      frozen: the last part of the network that is not trained; what is not trained does not decay.
+      params: The tree of parameters.
+      frozen: Last part of the network that is not trained. What is not trained does not decay.
 
     Returns:
       A tree of booleans of the same structure.
+
+    References:
+      The official repository, https://github.com/DingXiaoH/RepVGG, `train.py`.
     """
 
     still = frozen_parts(frozen)
@@ -67,23 +74,26 @@ def weight_decay_mask(params: Any, frozen: str | None = None) -> Any:
 def create_optimizer(
     config: OptimizationConfig, steps_per_epoch: int, *, frozen: str | None = None
 ) -> optax.GradientTransformation:
-    """SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch.
+    """Return SGD with (Nesterov) momentum and L2 added to the gradient before the momentum, as in PyTorch.
 
-    Where the config clips, it clips the gradient of the loss alone: weight decay is added afterwards, so that its
+    Where the config clips, it clips the gradient of the loss alone. Weight decay is added afterwards, so that its
     strength does not depend on how large the gradient was. In PyTorch, too, `clip_grad_norm_` comes before the
     optimizer adds its decay.
 
-    With `muon_learning_rate`, Muon takes the convolution kernels, as matrices of (patch, output channel): its steps are
-    orthogonal matrices, so that no direction of a kernel waits for the others (Jordan et al., 2024,
-    https://kellerjordan.github.io/posts/muon). Both follow the one schedule, each to its own peak.
+    With `muon_learning_rate`, Muon takes the convolution kernels, as matrices of (patch, output channel). Its steps are
+    orthogonal matrices, so that no direction of a kernel waits for the others. Both follow the one schedule, each to
+    its own peak.
 
     Args:
-      config: gives the schedule, the rule and its numbers.
-      steps_per_epoch: training steps in an epoch.
-      frozen: the last part of the network that is not trained; what is not trained does not decay.
+      config: The settings: the schedule, the rule and its numbers.
+      steps_per_epoch: Number of training steps in an epoch.
+      frozen: Last part of the network that is not trained. What is not trained does not decay.
 
     Returns:
       The optimizer.
+
+    References:
+      Muon: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon
     """
     schedule = learning_rate_schedule(config, steps_per_epoch)
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []

@@ -1,4 +1,4 @@
-"""What changes from step to step."""
+"""The state of a training: what changes from step to step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from repvgg_jax.training.config import TrainConfig
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step; replicated over the mesh.
+    """Everything that changes from step to step, replicated over the mesh.
 
     Attributes:
-      ema: moving average of `variables`, or None where the config's `ema_decay` is 0.
+      step: Number of steps that were made.
+      params: The parameters.
+      batch_stats: The running statistics.
+      opt_state: The state of the optimizer.
+      ema: The moving average of `variables`, or None where the config's `ema_decay` is 0.
     """
 
     step: jax.Array
@@ -32,12 +36,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What is trained."""
+        """The variables that are trained, `{'params', 'batch_stats'}`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """What is evaluated, fused and saved: the moving average where there is one."""
+        """The variables that are evaluated, fused and saved: the moving average where there is one."""
         return self.variables if self.ema is None else self.ema
 
 
@@ -57,7 +61,7 @@ def create_state(
 def abstract_state(
     model: RepVGG, optimizer: optax.GradientTransformation, config: TrainConfig, channels: int, mesh: Mesh
 ) -> TrainState:
-    """The shapes, dtypes and shardings of what `create_state` returns, computing nothing."""
+    """Return the shapes, dtypes and shardings of what `create_state` returns, computing nothing."""
     shapes = jax.eval_shape(_initializer(model, optimizer, config, channels), jax.random.key(config.seed))
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), shapes)

@@ -1,4 +1,4 @@
-"""The jitted training step over a mesh of devices."""
+"""The compiled training step over a mesh of devices."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def make_train_step(
     *,
     steps_per_epoch: int,
 ) -> jax.stages.Wrapped:
-    """Build the jitted training step.
+    """Build the training step, under `jit`.
 
-    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch, or,
+    Augmentation and normalisation happen inside it, on the device. Batch statistics are those of the global batch or,
     with `accumulate_steps`, of each global microbatch in turn.
 
     Args:
-      model: in its training form.
-      optimizer: from `create_optimizer`.
-      config: of the epochs that the step is for.
-      normalization: of the images.
-      mesh: from `create_mesh`; its size times `accumulate_steps` must divide the batch.
-      steps_per_epoch: counts the epochs of `alternate_flip`.
+      model: The network in its training form.
+      optimizer: The optimizer from `create_optimizer`.
+      config: The settings of the epochs that the step is for.
+      normalization: The normalisation of the images.
+      mesh: The mesh from `create_mesh`. Its size times `accumulate_steps` must divide the batch.
+      steps_per_epoch: Number of steps in an epoch, which counts the epochs of `alternate_flip`.
 
     Returns:
-      `step(state, {'image': uint8 (batch, height, width, channels), 'label', 'index': int32 (batch,)}) -> (state,
-      {'loss', 'accuracy'})`, accuracy against the labels, whatever the targets were mixed with; with `skip_nonfinite`
-      also 'skipped', 1 where the step changed nothing but the counts of steps. The old state is donated: do not use it
-      again.
+      A function `step(state, batch) -> (state, metrics)`. The batch holds 'image', uint8 `(batch, height, width,
+      channels)`, and 'label' and 'index', int32 `(batch,)`. The metrics are 'loss' and 'accuracy', which is against the
+      labels, whatever the targets were mixed with. With `skip_nonfinite` there is also 'skipped', which is 1 where the
+      step changed nothing but the counts of steps. The old state is donated: do not use it again.
     """
     settings = config.optimization
 
@@ -100,7 +100,7 @@ def make_train_step(
 def _loss(
     model: RepVGG, auxiliary_weight: float, params: Any, batch_stats: Any, inputs: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-    """The loss, auxiliary heads included; the logits, and the statistics after the batch."""
+    """Return the loss, auxiliary heads included, with the logits and the statistics after the batch."""
     variables = {"params": params, "batch_stats": batch_stats}
     output, updates = model.apply(variables, inputs["image"], train=True, mutable=["batch_stats"])
     logits, auxiliary = output if isinstance(output, tuple) else (output, {})
@@ -111,7 +111,7 @@ def _loss(
 
 
 def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """The new state where a step is finite, else the old one."""
+    """Return the new state where a step is finite, else the old one."""
     # Counts go on, also the optimizer's, so that the learning rate ends where its schedule does.
     return jax.tree.map(
         lambda update, kept: jnp.where(finite, update, kept) if jnp.issubdtype(kept.dtype, jnp.inexact) else update,
