@@ -54,7 +54,7 @@ def to_onnx(
       `(batch, num_classes)`. With `preprocess`, its metadata hold `class_names`, one a line.
 
     Raises:
-      ValueError: If the model is in its training form, `opset` or `layout` is another, a size is less than 1,
+      ValueError: If the model is in its training form, `opset` or `layout` has no such value, a size is less than 1,
         `preprocess` is that of another network, or the weights take 2 GiB, which no ONNX file holds.
 
     Example:

@@ -37,7 +37,7 @@ def layers(
       dtype: Dtype of the computation. None computes in the dtype of images and parameters. Statistics are computed in
         at least float32.
       param_dtype: Dtype of the parameters. Statistics have it too, but are at least float32.
-      ops: The operations that the layers compute by, see `RepVGG`.
+      ops: Which operations the layers use, "auto" or "xla"; see `RepVGG`.
 
     Returns:
       The constructors by their names 'conv', 'norm' and 'dense'.

@@ -26,7 +26,7 @@ class Conv(nn.Module):
         of the kernel, times the dilation, on every side.
       use_bias: Whether to add a bias.
       dtype: Dtype of the computation. None computes in the dtype of images and parameters.
-      ops: "auto" computes by `repvgg_jax.ops.conv_general_dilated`, "xla" by XLA's own convolution.
+      ops: "auto" uses `repvgg_jax.ops.conv_general_dilated`, "xla" XLA's own convolution.
     """
 
     features: int

@@ -25,8 +25,8 @@ class BatchNorm(nn.Module):
       epsilon: Added to the variance.
       dtype: Dtype of the output. None takes the common dtype of input and parameters.
       param_dtype: Dtype of scale and bias. Statistics have it too, but are at least float32.
-      ops: "auto" computes images in training by `repvgg_jax.ops.batch_norm_train`, "xla" everything by plain
-        arithmetic.
+      ops: "auto" normalises images in training with `repvgg_jax.ops.batch_norm_train`. "xla" uses plain arithmetic
+        always.
 
     References:
       Ioffe & Szegedy, *Batch Normalization*, ICML 2015, arXiv:1502.03167.

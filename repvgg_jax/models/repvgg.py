@@ -71,8 +71,8 @@ class RepVGG(nn.Module):
       remat: Whether to recompute the activations of each block in the backward pass instead of storing them.
       frozen: Last part that is not trained, one of 'stem', 'stage1' … 'stage4'. All parts up to it normalise by their
         running statistics and get no gradient. None trains everything. Auxiliary heads are always trained.
-      ops: "auto" computes by the lowerings of `repvgg_jax.ops` where they are faster, "xla" by XLA's own convolutions
-        and plain arithmetic everywhere. The variables are the same.
+      ops: "auto" uses the lowerings of `repvgg_jax.ops` where they are faster. "xla" uses XLA's own convolutions and
+        plain arithmetic everywhere. The variables are the same.
 
     References:
       Ding et al., *RepVGG: Making VGG-style ConvNets Great Again*, CVPR 2021, https://arxiv.org/abs/2101.03697; the

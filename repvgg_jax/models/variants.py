@@ -103,8 +103,8 @@ def create_model(
         time.
       frozen: Last part that is not trained, with all before it: one of 'stem', 'stage1' … 'stage4'. None trains
         everything.
-      ops: "auto" computes by the fastest lowerings that are known, "xla" by XLA's own convolutions and plain
-        arithmetic. Forward-mode and second derivatives need "xla".
+      ops: "auto" uses the fastest lowerings that are known, "xla" XLA's own convolutions and plain arithmetic.
+        Forward-mode and second derivatives need "xla".
       name: Name of the network in the tree of variables, where it is a part of another module.
 
     Returns:

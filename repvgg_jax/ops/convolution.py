@@ -40,8 +40,8 @@ def conv_general_dilated(
 
     - In float32 on CPU they become matrix products, im2col, Winograd or, in one group per channel, sums of shifted
       images.
-    - In bfloat16 and float16 on CUDA, many pixels of few channels at stride 2 are lowered by space to depth. Grouped
-      convolutions for which cuDNN's kernels are slow become ungrouped, with zeros between the groups.
+    - In bfloat16 and float16 on CUDA, 3×3 convolutions of many pixels and few channels at stride 2 are lowered by space
+      to depth. Grouped convolutions for which cuDNN's kernels are slow become ungrouped, with zeros between the groups.
 
     Every other call, and every other platform, is `lax.conv_general_dilated` itself. The platform is the one that the
     program is lowered for. Under a sharded batch the choice sees the global shape.

@@ -67,9 +67,7 @@ def first_match(*rules: Rule) -> FirstMatch:
 
 @dataclasses.dataclass(frozen=True)
 class BranchRule:
-    """A rule for blocks of parallel branches, each a convolution with a batch norm. `branch_rule` makes and describes
-    it.
-    """
+    """A rule for blocks of parallel branches, each a convolution with a batch norm. `branch_rule` makes it."""
 
     convolutions: tuple[str, ...]
     identity: str | None
@@ -123,9 +121,7 @@ class BranchRule:
         return _fold(name, kernel, convolution.get("bias"), affine, statistics, self.epsilon)
 
     def _rounded(self, fused: Convolution, stored: Sequence[Tree]) -> dict[str, Any]:
-        """Round the fused convolution to the common dtype of the stored ones, and place it where the first of them
-        lies.
-        """
+        """Round the fused convolution to the dtype of the stored ones, and place it where the first of them lies."""
         dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(stored)))
         return {key: _rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
 
@@ -172,10 +168,9 @@ def branch_rule(
 
 
 def repvgg_rule(epsilon: float = 1e-5) -> FirstMatch:
-    """Build the rule for the networks of this package: it fuses RepVGG blocks and drops the auxiliary heads of
-    RepVGGplus.
+    """Build the rule for the networks of this package.
 
-    Auxiliary heads serve training only. The deploy form has none.
+    It fuses RepVGG blocks and drops the auxiliary heads of RepVGGplus, which serve training only.
 
     Args:
       epsilon: The epsilon of the batch norms.

@@ -13,19 +13,19 @@ from repvgg_jax.ops.lowerings.base import Lowering, Shape, Window
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """Every grouped convolution."""
+    """Return whether a convolution is grouped."""
     return window.groups > 1
 
 
 def _dense(kernel: jax.Array, groups: int) -> jax.Array:
-    """(height, width, in / groups, out) to (height, width, in, out)."""
+    """Turn (height, width, in / groups, out) into (height, width, in, out)."""
     inside, out = kernel.shape[2:]
     same_group = np.arange(inside * groups)[:, None] // inside == np.arange(out) // (out // groups)
     return jnp.where(same_group, jnp.tile(kernel, (1, 1, groups, 1)), 0)
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """One ungrouped convolution."""
+    """Compute one ungrouped convolution."""
     return plain.forward(x, _dense(kernel, window.groups), window._replace(groups=1))
 
 

@@ -17,7 +17,7 @@ _MOST_TAPS = 49
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """One group per channel, up to 7×7 taps."""
+    """Return whether there is one group per channel, with up to 7×7 taps."""
     return (
         window.groups == input_shape[3] > 1
         and math.prod(kernel_shape[:2]) <= _MOST_TAPS
@@ -26,7 +26,7 @@ def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
 
 
 def _shifted(x: jax.Array, window: Window, kernel_shape: Shape, outputs: tuple[int, int]) -> list[jax.Array]:
-    """For every tap, the pixels that it meets, (N, rows, columns, out): each channel as often as it has outputs."""
+    """Return the pixels that each tap meets, (N, rows, columns, out), with each channel as often as it has outputs."""
     if kernel_shape[3] != x.shape[3]:
         x = jnp.repeat(x, kernel_shape[3] // x.shape[3], axis=3)
     (top, bottom), (left, right) = window.padding
@@ -41,14 +41,14 @@ def _shifted(x: jax.Array, window: Window, kernel_shape: Shape, outputs: tuple[i
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """The sum over the taps, written to memory: each of several readers would compute it anew."""
+    """Sum over the taps. The sum is written to memory, since each of several readers would compute it anew."""
     taps = _shifted(x, window, kernel.shape, window.output_size(x.shape, kernel.shape))
     weighted = [tap * weight for tap, weight in zip(taps, kernel.reshape(-1, kernel.shape[3]), strict=True)]
     return materialize(sum(weighted[1:], weighted[0]))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:
-    """Stride 1: the flipped kernel on `dy`. Otherwise the transpose, which adds shifted copies."""
+    """Convolve `dy` with the flipped kernel at stride 1. Otherwise take the transpose, which adds shifted copies."""
     backwards = window.backwards(kernel.shape)
     if backwards is not None and kernel.shape[3] == input_shape[3]:
         return forward(dy, kernel[::-1, ::-1], backwards)
@@ -57,7 +57,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:
-    """Every tap times `dy`, summed over the batch first: a sum over all axes at once is not vectorised."""
+    """Multiply every tap by `dy`, and sum over the batch first: a sum over all axes at once is not vectorised."""
     taps = _shifted(x, window, kernel_shape, (dy.shape[1], dy.shape[2]))
     sums = [materialize((tap * dy).sum(0)).sum((0, 1)) for tap in taps]
     return jnp.stack(sums).reshape(kernel_shape)

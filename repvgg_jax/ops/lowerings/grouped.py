@@ -57,7 +57,7 @@ def _channels(shape: Shape, groups: int) -> Shape:
 def _each(
     function: Callable[[jax.Array, jax.Array], jax.Array], left: jax.Array, right: jax.Array, groups: int
 ) -> jax.Array:
-    """The function of the parts of two arrays that belong to each group, side by side along the last axis."""
+    """Compute a function of the parts of two arrays that belong to each group, side by side along the last axis."""
     if groups <= FEW_GROUPS:
         pairs = zip(jnp.split(left, groups, 3), jnp.split(right, groups, 3), strict=True)
         return jnp.concatenate([function(*pair) for pair in pairs], 3)

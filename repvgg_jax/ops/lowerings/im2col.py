@@ -1,9 +1,10 @@
 """im2col: shifted copies of the image side by side, then one matrix product.
 
-Taps that meet nothing but padding (all but the centre, on a 1×1 map) are left out, which is where the small maps
-of a network for small images gain most.
+Taps that meet nothing but padding (all but the centre, on a 1×1 map) are left out, which is where the small maps of a
+network for small images gain most.
 
-Source: Chellapilla, Puri, Simard, "High Performance Convolutional Neural Networks for Document Processing", 2006.
+References:
+  Chellapilla, Puri & Simard, *High Performance Convolutional Neural Networks for Document Processing*, 2006.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from repvgg_jax.ops.materialize import materialize
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """Ungrouped kernels of any size that fit into the padded image and touch it somewhere."""
+    """Return whether kernels, ungrouped and of any size, fit into the padded image and touch it somewhere."""
     rows, columns = window.output_size(input_shape, kernel_shape)
     return (
         window.groups == 1
@@ -37,7 +38,7 @@ def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
 
 
 def _live_taps(size: int, outputs: int, taps: int, stride: int, padding: tuple[int, int]) -> range:
-    """The taps of one axis that meet the image at some output; they are always neighbours."""
+    """Return the taps of one axis that meet the image at some output. They are always neighbours."""
     live = [tap for tap in range(taps) if any(0 <= o * stride + tap - padding[0] < size for o in range(outputs))]
     return range(live[0], live[-1] + 1) if live else range(0)
 
@@ -52,7 +53,7 @@ def _taps(input_shape: Shape, kernel_shape: Shape, window: Window) -> tuple[rang
 
 
 def _patches(x: jax.Array, window: Window, outputs: tuple[int, int], taps: tuple[range, range]) -> jax.Array:
-    """(N, rows, columns, live taps * channels), taps in kernel order."""
+    """Return the patches as (N, rows, columns, live taps * channels), taps in the order of the kernel."""
     (top, bottom), (left, right) = window.padding
     padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     (rows, columns), (down, across) = outputs, window.strides
@@ -67,7 +68,7 @@ def _patches(x: jax.Array, window: Window, outputs: tuple[int, int], taps: tuple
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """One product of the patch matrix with the kernel as (live taps * in, out)."""
+    """Compute one product of the patch matrix with the kernel as (live taps * in, out)."""
     down, across = taps = _taps(x.shape, kernel.shape, window)
     live = kernel[down.start : down.stop, across.start : across.stop]
     patches = _patches(x, window, window.output_size(x.shape, kernel.shape), taps)
@@ -75,7 +76,7 @@ def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:
-    """Stride 1: the convolution of `dy` with the flipped kernel. Otherwise the transpose, which adds shifted copies."""
+    """Convolve `dy` with the flipped kernel at stride 1. Otherwise take the transpose, which adds shifted copies."""
     backwards = window.backwards(kernel.shape)
     if backwards is not None:
         return forward(dy, kernel[::-1, ::-1].swapaxes(2, 3), backwards)
@@ -84,7 +85,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:
-    """One product of the patch matrix, transposed, with `dy`; zeros for the taps left out."""
+    """Compute one product of the patch matrix, transposed, with `dy`. Taps left out are zeros."""
     down, across = taps = _taps(x.shape, kernel_shape, window)
     patches = _patches(x, window, (dy.shape[1], dy.shape[2]), taps)
     live = jnp.einsum("nhwk,nhwo->ko", patches, dy)

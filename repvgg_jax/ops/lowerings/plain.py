@@ -9,12 +9,12 @@ from repvgg_jax.ops.lowerings.base import Lowering, Shape, Window, transposed
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """Every convolution."""
+    """Return True, for every convolution."""
     return True
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window, precision: lax.PrecisionLike = None) -> jax.Array:
-    """The convolution of NHWC `x` with HWIO `kernel`."""
+    """Convolve NHWC `x` with HWIO `kernel`."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -33,7 +33,7 @@ def input_gradient(
     input_shape: Shape,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """What autodiff gives: a convolution of the dilated `dy` with the flipped kernel."""
+    """Compute what autodiff gives: a convolution of the dilated `dy` with the flipped kernel."""
     convolve = partial(forward, kernel=kernel, window=window, precision=precision)
     return transposed(convolve, input_shape, dy)
 
@@ -45,7 +45,7 @@ def kernel_gradient(
     kernel_shape: Shape,
     precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-    """What autodiff gives: a convolution whose window is all of `dy`."""
+    """Compute what autodiff gives: a convolution whose window is all of `dy`."""
 
     def convolve(kernel: jax.Array) -> jax.Array:
         return forward(x, kernel, window, precision)

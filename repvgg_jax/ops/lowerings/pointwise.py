@@ -9,7 +9,7 @@ from repvgg_jax.ops.materialize import materialize
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """1×1 kernels without padding or groups."""
+    """Return whether a kernel is 1×1, without padding or groups."""
     return kernel_shape[:2] == (1, 1) and window.padding == ((0, 0), (0, 0)) and window.groups == 1
 
 
@@ -18,12 +18,12 @@ def _sampled(x: jax.Array, window: Window) -> jax.Array:
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """Sample the pixels, multiply by the (in, out) matrix."""
+    """Sample the pixels, and multiply them by the (in, out) matrix."""
     return materialize(jnp.einsum("nhwi,io->nhwo", _sampled(x, window), kernel[0, 0]))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape: Shape) -> jax.Array:
-    """Multiply by the transposed matrix, put zeros where no pixel was sampled."""
+    """Multiply by the transposed matrix, and put zeros where no pixel was sampled."""
     dx = jnp.einsum("nhwo,io->nhwi", dy, kernel[0, 0])
     if window.strides == (1, 1):
         return dx
@@ -35,7 +35,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, window: Window, input_shape
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:
-    """The product of the sampled pixels, transposed, with `dy`."""
+    """Multiply the sampled pixels, transposed, by `dy`."""
     return jnp.einsum("nhwi,nhwo->io", _sampled(x, window), dy)[None, None]
 
 

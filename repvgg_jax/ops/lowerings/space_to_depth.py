@@ -1,9 +1,10 @@
 """Space to depth: a 3×3 convolution of few channels at stride 2 as a 2×2 convolution of many at stride 1.
 
 Cells of 2×2 pixels become channels. Tensor cores want channels in multiples of eight, and cuDNN pads an image of three
-colours to eight in memory before a slow kernel; four times three are nearly sixteen, on a quarter of the pixels.
+colours to eight in memory before a slow kernel. Four times three are nearly sixteen, on a quarter of the pixels.
 
-Source: Ying et al., "Image Classification at Supercomputer Scale", arXiv:1811.06992, section on the first layer.
+References:
+  Ying et al., *Image Classification at Supercomputer Scale*, arXiv:1811.06992, section on the first layer.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from repvgg_jax.ops.lowerings.base import Lowering, Shape, Window, transposed
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """Ungrouped 3×3 kernels of at most four channels at stride 2."""
+    """Return whether a 3×3 kernel is ungrouped, at stride 2, with at most four input channels."""
     return (
         kernel_shape[:2] == (3, 3)
         and kernel_shape[2] <= 4
@@ -32,7 +33,7 @@ def _fill(channels: int) -> int:
 
 
 def _image_cells(x: jax.Array, window: Window, outputs: tuple[int, int]) -> jax.Array:
-    """(N, H, W, C) to (N, rows + 1, columns + 1, 4 C and zeros up to a multiple of eight)."""
+    """Turn (N, H, W, C) into (N, rows + 1, columns + 1, 4 C and zeros up to a multiple of eight)."""
     batch, *size, channels = x.shape
     edges = [
         (low, 2 * (count + 1) - pixels - low, 0)
@@ -45,7 +46,7 @@ def _image_cells(x: jax.Array, window: Window, outputs: tuple[int, int]) -> jax.
 
 
 def _kernel_cells(kernel: jax.Array) -> jax.Array:
-    """(3, 3, C, out) to (2, 2, 4 C and zeros up to a multiple of eight, out)."""
+    """Turn (3, 3, C, out) into (2, 2, 4 C and zeros up to a multiple of eight, out)."""
     channels, out = kernel.shape[2:]
     even = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     cells = even.reshape(2, 2, 2, 2, channels, out).swapaxes(1, 2).reshape(2, 2, -1, out)
@@ -53,13 +54,13 @@ def _kernel_cells(kernel: jax.Array) -> jax.Array:
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """The 2×2 convolution of the cells, without padding."""
+    """Compute the 2×2 convolution of the cells, without padding."""
     cells = _image_cells(x, window, window.output_size(x.shape, kernel.shape))
     return plain.forward(cells, _kernel_cells(kernel), Window())
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: Shape) -> jax.Array:
-    """The transpose of the forward pass."""
+    """Compute the transpose of the forward pass."""
     convolve = partial(forward, x, window=window)
     return transposed(convolve, kernel_shape, dy)
 

@@ -2,12 +2,13 @@
 
 Along one axis, a tile of outputs is `out @ ((kernel @ k) * (into @ x))` with three constant matrices. Two axes are the
 same with both sets of matrices, and the sum over channels turns the `*` into one matrix product per point. The
-transforms are sums of shifted copies of the image with constant weights: XLA:CPU makes one loop of each, which needs
-no transposition. The points 0, ±3/4, ±3/2, ∞ cost no more here than the usual 0, ±1, ±2, ∞ and err a third as much.
-Inside one jit the forward pass and the kernel gradient share the transformed image.
+transforms are sums of shifted copies of the image with constant weights: XLA:CPU makes one loop of each, which needs no
+transposition. The points 0, ±3/4, ±3/2, ∞ cost no more here than the usual 0, ±1, ±2, ∞ and err a third as much. Inside
+one jit the forward pass and the kernel gradient share the transformed image.
 
-Sources: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; Barabasz et al., "Error
-Analysis and Improving the Accuracy of Winograd Convolution", arXiv:1803.10986, for the choice of points.
+References:
+  Lavin & Gray, *Fast Algorithms for Convolutional Neural Networks*, arXiv:1509.09308; Barabasz et al., *Error Analysis
+  and Improving the Accuracy of Winograd Convolution*, arXiv:1803.10986, for the choice of points.
 """
 
 from functools import lru_cache, partial
@@ -28,11 +29,11 @@ class _Axis(NamedTuple):
     """How one axis is cut into tiles.
 
     Attributes:
-        into: (points, rows read per tile).
-        kernel: (points, 3).
-        out: (rows made per tile, points).
-        tiles: how many.
-        low: zeros before the first row.
+      into: Transform of the image, (points, rows read per tile).
+      kernel: Transform of the kernel, (points, 3).
+      out: Transform of the products, (rows made per tile, points).
+      tiles: Number of tiles.
+      low: Number of zeros before the first row.
     """
 
     into: np.ndarray
@@ -43,7 +44,10 @@ class _Axis(NamedTuple):
 
 
 def _matrices(points: tuple[float, ...], outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Toom and Cook: multiply polynomials by their values at the points and at infinity; Winograd transposes it."""
+    """Return the three matrices of a tile.
+
+    Toom and Cook multiply polynomials by their values at the points and at infinity; Winograd transposes it.
+    """
     count = len(points) + 1
     into, kernel, out = np.zeros((count, count)), np.zeros((count, 3)), np.zeros((outputs, count))
     for j, point in enumerate(points):
@@ -76,7 +80,7 @@ def _axes(input_shape: Shape, window: Window, tile: int) -> tuple[_Axis, _Axis]:
 
 
 def _combine(matrix: np.ndarray, terms: list[jax.Array], axis: int) -> jax.Array:
-    """Row by row, the sums of the terms weighted by the row, along a new axis."""
+    """Return, row by row, the sums of the terms weighted by the row, along a new axis."""
     shape = tuple(-1 if i == axis else 1 for i in range(terms[0].ndim + 1))
     weighted = [
         jnp.asarray(column.reshape(shape), term.dtype) * jnp.expand_dims(term, axis)
@@ -87,19 +91,19 @@ def _combine(matrix: np.ndarray, terms: list[jax.Array], axis: int) -> jax.Array
 
 
 def _strips(x: jax.Array, axis: int, rows: int, stride: int, tiles: int) -> list[jax.Array]:
-    """For every row of a tile, that row of all tiles."""
+    """Return, for every row of a tile, that row of all tiles."""
     return [lax.slice_in_dim(x, row, row + (tiles - 1) * stride + 1, stride, axis=axis) for row in range(rows)]
 
 
 def _padded(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
-    """Zeros around the image, written to memory: inside a loop they would be a branch per element."""
+    """Put zeros around the image, written to memory: inside a loop they would be a branch per element."""
     if not any((*rows, *columns)):
         return x
     return materialize(jnp.pad(x, ((0, 0), rows, columns, (0, 0))))
 
 
 def _image_points(x: jax.Array, rows: _Axis, columns: _Axis) -> jax.Array:
-    """(N, H, W, C) to (points, points, N, tiles, tiles, C)."""
+    """Turn (N, H, W, C) into (points, points, N, tiles, tiles, C)."""
     reach = [
         (axis.low, (axis.tiles - 1) * len(axis.out) + axis.into.shape[1] - axis.low - size)
         for axis, size in zip((rows, columns), x.shape[1:3], strict=True)
@@ -112,7 +116,7 @@ def _image_points(x: jax.Array, rows: _Axis, columns: _Axis) -> jax.Array:
 
 
 def _output_points(dy: jax.Array, rows: _Axis, columns: _Axis) -> jax.Array:
-    """The transpose of `_image`, without its cropping: (N, H, W, C) to (points, points, N, tiles, tiles, C)."""
+    """Turn (N, H, W, C) into (points, points, N, tiles, tiles, C): the transpose of `_image`, without its cropping."""
     down, across = len(rows.out), len(columns.out)
     dy = _padded(dy, (0, rows.tiles * down - dy.shape[1]), (0, columns.tiles * across - dy.shape[2]))
     dy = materialize(_combine(rows.out.T, _strips(dy, 1, down, down, rows.tiles), 0))
@@ -120,7 +124,7 @@ def _output_points(dy: jax.Array, rows: _Axis, columns: _Axis) -> jax.Array:
 
 
 def _image(points: jax.Array, rows: _Axis, columns: _Axis, size: tuple[int, int]) -> jax.Array:
-    """(points, points, N, tiles, tiles, C) to (N, H, W, C)."""
+    """Turn (points, points, N, tiles, tiles, C) into (N, H, W, C)."""
     batch, down, across, channels = points.shape[2:]
     tiled = materialize(_combine(rows.out, list(points), 3))
     tiled = _combine(columns.out, list(tiled), 4)
@@ -155,7 +159,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, window: Window, kernel_shape: 
 
 
 def supports(input_shape: Shape, kernel_shape: Shape, window: Window) -> bool:
-    """Ungrouped 3×3 kernels at stride 1, padded by two at most."""
+    """Return whether a 3×3 kernel is ungrouped, at stride 1, and padded by two at most."""
     return (
         kernel_shape[:2] == (3, 3)
         and window.strides == (1, 1)

@@ -70,7 +70,7 @@ def export_deploy(
         it stay.
       OSError: If a file could not be written. Those before it stay, and are named.
       ImportError: If the extra of a format is not installed.
-      ValueError: If `opset` is another, or `load_deploy`, `to_onnx` or `to_stablehlo` raises one.
+      ValueError: If there is no such `opset`, or `load_deploy`, `to_onnx` or `to_stablehlo` raises one.
     """
     require_export(path, formats, opset=opset)
     deployed = load_deploy(path)

@@ -169,7 +169,7 @@ def reparameterize(
         shapes, as long as the function takes them.
       fewest_convolutions: Whether to merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as
         a 3×3, a bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
-      ops: "auto" computes the result by the fast lowerings of `repvgg_jax.ops`, "xla" by XLA's own convolutions, which
+      ops: "auto" computes with the fast lowerings of `repvgg_jax.ops`, "xla" with XLA's own convolutions, which
         exporters to other formats can read.
 
     Returns:
@@ -177,7 +177,7 @@ def reparameterize(
       `fused.report()` says what was merged.
 
     Raises:
-      ValueError: If the variables are tracers, or `ops` is another.
+      ValueError: If the variables are tracers, or `ops` is neither.
 
     References:
       Ding et al., *RepVGG*, CVPR 2021, arXiv:2101.03697, section 3.3, and *Diverse Branch Block*, CVPR 2021,

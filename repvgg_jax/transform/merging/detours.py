@@ -32,7 +32,7 @@ def without_detours(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def _source(equation: JaxprEqn) -> Var | None:
-    """What an equation adds axes of size one to, or takes them from; None where it does anything else."""
+    """Return what an equation adds axes of size one to, or takes them from; None where it does anything else."""
     name, params = equation.primitive.name, equation.params
     if name not in _RESHAPES or len(equation.invars) != 1 or not isinstance(equation.invars[0], Var):
         return None
