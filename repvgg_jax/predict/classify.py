@@ -53,7 +53,7 @@ def predict(
       decoded, or larger than memory.
 
     Raises:
-      ValueError: If `top` or `batch_size` is less than 1.
+      ValueError: If `top` or `batch_size` is less than 1. It is raised when the first prediction is asked for.
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:

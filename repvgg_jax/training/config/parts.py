@@ -18,7 +18,7 @@ class NetworkConfig:
     """The network, and the precision that it computes in."""
 
     variant: str = "repvgg_a0"
-    """Published network to train: repvgg_a0 to repvgg_b3g4, repvgg_d2se or repvggplus_l2pse."""
+    """Published network to train, from repvgg_a0 to repvgg_b3g4, or repvgg_d2se or repvggplus_l2pse."""
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     """Strides of the stem and of stage 1 to 4, each 1 or 2. Small images want fewer 2s."""
     depths: tuple[int, int, int, int] | None = None
@@ -55,7 +55,7 @@ class StartConfig:
     """The weights of the network before the first step."""
 
     init_from: str | None = None
-    """Run directory to start from: its weights, and its mean and std if none are given. See reopen for a file."""
+    """Run directory that gives the weights, and mean and std where none are given. With reopen it is a file."""
     reopen: bool = False
     """Let init_from be a deploy.safetensors. Its kernels become 3×3 branches whose batch norms change nothing."""
     whiten_stem: bool = False
@@ -94,7 +94,7 @@ class DataConfig:
     eval_image_size: int | None = bounded(None, at_least(1))
     """Side length in pixels of the images in evaluation and of the deploy form. The default is image_size."""
     eval_resize: int | None = None
-    """Length in pixels that evaluation resizes the shorter side to before the centre crop (ImageNet: 256 for 224)."""
+    """Length in pixels that evaluation resizes the shorter side to before the centre crop. ImageNet has 256 for 224."""
     eval_batch_size: int = bounded(256, at_least(1))
     """Number of images in an evaluation step, over all devices."""
     mean: tuple[float, ...] | None = None
@@ -196,7 +196,7 @@ class OptimizationConfig:
     warmup_epochs: float = bounded(0.0, at_least(0))
     """Number of epochs, at most half of all, in which the learning rate rises from 0 to its peak in a straight line."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls from its peak to 0 at the last step: as a cosine or in a straight line."""
+    """How the learning rate falls from its peak to 0 at the last step, as a cosine or in a straight line."""
     momentum: float = bounded(0.9, below(0, 1))
     """Momentum of SGD and of Muon."""
     nesterov: bool = True

@@ -41,7 +41,7 @@ class TrainState:
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """The variables that are evaluated, fused and saved: the moving average where there is one."""
+        """The variables that are evaluated, fused and saved. They are the moving average where there is one."""
         return self.variables if self.ema is None else self.ema
 
 

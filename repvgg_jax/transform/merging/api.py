@@ -80,7 +80,7 @@ class Reparameterized:
 
     @property
     def totals(self) -> dict[str, Change]:
-        """What merging changed, by name: 'convolutions', 'multiply-adds' and 'array elements', each before and after.
+        """What merging changed in 'convolutions', 'multiply-adds' and 'array elements', each before and after.
 
         Multiply-adds are counted for the inputs that the function was reparameterized with. Array elements are those of
         the variables before, and of the parameters after.
