@@ -158,8 +158,9 @@ def reparameterize(
 
     The function is traced and read as a program. What does not depend on the inputs is computed once, in float64.
     Convolutions, batch norms in evaluation, scales, shifts, sums, padding by zeros and means over windows are affine:
-    chains and sums of them around a convolution become one convolution of the value that they start from, where that is
-    exact and takes no more multiply-adds. Everything else stays as it is.
+    chains and sums of them around a convolution become one convolution of the value that they start from, where that
+    takes no more multiply-adds. Two convolutions in a row are merged only if one of them has a single tap and neither
+    is grouped or transposed. Everything else stays as it is.
 
     Args:
       function: A function of variables and inputs that JAX can trace, e.g.
@@ -167,8 +168,8 @@ def reparameterize(
       variables: The variables, a pytree of arrays.
       *inputs: Examples of the inputs, as pytrees of arrays or `jax.ShapeDtypeStruct`. Later inputs may have other
         shapes, as long as the function takes them.
-      fewest_convolutions: Whether to merge wherever that is exact, even where it takes more multiply-adds: 1×3 + 3×1 as
-        a 3×3, a bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
+      fewest_convolutions: Whether to apply these merges also where they take more multiply-adds: 1×3 + 3×1 as a 3×3, a
+        bottleneck of 1×1 convolutions as one, a mean over windows as a larger kernel.
       ops: "auto" computes with the fast lowerings of `repvgg_jax.ops`, "xla" with XLA's own convolutions, which
         exporters to other formats can read.
 

@@ -18,10 +18,14 @@ class Refusal(NamedTuple):
     reason: str
 
 
-_SHIFTED = Refusal("a convolution pads with zeros what was shifted before it: pad first, and it merges")
+_SHIFTED = Refusal(
+    "a convolution pads with zeros what was shifted before it: it merges only if the padding stands before both"
+)
 _SEVERAL = Refusal("a convolution reads the sum of convolutions that are not one")
-_UNLIKE = Refusal("two convolutions in a row differ in groups, layout, dilation or precision")
-_LARGE = Refusal("two convolutions in a row both have more than one tap, or the second leaves pixels out")
+_UNLIKE = Refusal(
+    "two convolutions in a row of which one is grouped or transposed, or which differ in layout or precision"
+)
+_LARGE = Refusal("two convolutions in a row both have more than one tap, or the 1×1 one leaves pixels out or adds some")
 COSTLY = Refusal(
     "merged, a convolution, or a mean over windows, of a convolution would take more multiply-adds: "
     "fewest_convolutions=True merges it"
