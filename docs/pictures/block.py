@@ -31,13 +31,11 @@ def arrow(axes: Axes, *points: tuple[float, float]) -> None:
 
 
 def draw_forms(axes: Axes) -> None:
-    columns = {2.0: ("3×3 conv", CONV), 4.1: ("1×1 conv", POINT), 6.2: ("", IDENTITY)}
+    columns = {2.0: ("3×3 conv", CONV), 4.1: ("1×1 conv", POINT), 6.2: ("identity", IDENTITY)}
     for x, (name, colour) in columns.items():
-        top = 3.12 if name else 2.42
-        arrow(axes, (4.1, 3.75), (x, 3.75), (x, top))
-        if name:
-            box(axes, x, 2.9, name, colour)
-            arrow(axes, (x, 2.68), (x, 2.42))
+        arrow(axes, (4.1, 3.75), (x, 3.75), (x, 3.12))
+        box(axes, x, 2.9, name, colour)
+        arrow(axes, (x, 2.68), (x, 2.42))
         box(axes, x, 2.2, "batch norm", colour)
         arrow(axes, (x, 1.98), (x, 1.4), (4.1, 1.4), (4.1, 1.28)) if x != 4.1 else arrow(axes, (x, 1.98), (x, 1.28))
     axes.text(4.1, 4.05, "training form", ha="center", fontsize=12, weight="bold", color=INK)
@@ -97,20 +95,21 @@ def draw_kernels(axes: Axes) -> None:
                     f"{value:.1f}" if value else "0",
                     ha="center",
                     va="center",
-                    fontsize=7.5,
+                    fontsize=10,
                     color="white" if abs(value) > 0.6 else INK,
                 )
-        axes.text(left + 0.72, -0.2, label, ha="center", va="top", fontsize=8.5, color=INK)
+        axes.text(left + 0.72, -0.2, label, ha="center", va="top", fontsize=9.5, color=INK)
         if number < 3:
             axes.text(left + 2.22, 0.72, "=" if number == 2 else "+", ha="center", va="center", fontsize=16, color=SOFT)
-    axes.set(xlim=(-0.6, 11.1), ylim=(-0.85, 1.55))
+    axes.text(5.25, -1.0, "(one channel; the biases add up likewise)", ha="center", va="top", fontsize=9.5, color=SOFT)
+    axes.set(xlim=(-0.6, 11.1), ylim=(-1.3, 1.55))
     axes.set_aspect("equal")
     axes.axis("off")
 
 
 if __name__ == "__main__":
-    figure = Figure(figsize=(9.4, 5.4), layout="constrained", facecolor="white")
-    forms, kernels = figure.subplots(2, 1, height_ratios=(2, 1))
+    figure = Figure(figsize=(9.4, 5.9), layout="constrained", facecolor="white")
+    forms, kernels = figure.subplots(2, 1, height_ratios=(3, 2))
     draw_forms(forms)
     draw_kernels(kernels)
     figure.savefig(Path(__file__).with_name("block.png"), dpi=140)

@@ -62,7 +62,7 @@ def arrow(axes: Axes, source: str, target: str) -> None:
 
 
 def main() -> None:
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.3), layout="constrained")
     axes = figure.subplots()
     arrows = imports()
     for source, targets in arrows.items():
@@ -71,8 +71,12 @@ def main() -> None:
             arrow(axes, source, target)
     for name in PARTS:
         box(axes, name)
-    axes.text(0.4, 5.05, "a part imports those\nbelow it, never above", fontsize=9.5, color=SOFT, va="center")
-    axes.set(xlim=(0.2, 9.3), ylim=(0.4, 5.5))
+    for y, text in (
+        (5.05, "An arrow: a part may import\nanother one below it. Arrows that\nothers imply are left out."),
+        (0.12, "The leaves (preprocess, files, fields, terminal, invocation, version) are not drawn."),
+    ):
+        axes.text(0.4, y, text, fontsize=9.5, color=SOFT, va="center")
+    axes.set(xlim=(0.2, 9.3), ylim=(-0.05, 5.55))
     axes.axis("off")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=140, facecolor="white")
 

@@ -10,15 +10,16 @@ INK, SOFT, HELD, LEFT, CONSTANT = "#1f2733", "#7a869a", "#cfe0f7", "#e8ebf0", "#
 
 # The equation as traced, what the interpreter holds its result to be, and what kind of thing that is.
 LINES = (
-    ("f = conv(x, kernel)", "kernel · x", HELD),
-    ("h = f − mean", "kernel · x − mean", HELD),
-    ("i = var + 1e-5", "computed once", CONSTANT),
-    ("j = rsqrt(i)", "computed once", CONSTANT),
-    ("k = scale × j", "computed once", CONSTANT),
-    ("m = h × k", "(k kernel) · x − k mean", HELD),
-    ("n = m + x", "(k kernel + identity) · x − k mean", HELD),
-    ("o = tanh(n)", "not affine: n is written, then tanh", LEFT),
+    ("f = conv(x, kernel)", "kernel ∗ x", HELD),
+    ("h = f − mean", "kernel ∗ x − mean", HELD),
+    ("i = var + 1e-5", "of v and numbers alone", CONSTANT),
+    ("j = rsqrt(i)", "of v and numbers alone", CONSTANT),
+    ("s = scale × j", "of v and numbers alone", CONSTANT),
+    ("m = h × s", "(s kernel) ∗ x − s mean", HELD),
+    ("n = m + x", "(s kernel + identity) ∗ x − s mean", HELD),
+    ("o = tanh(n)", "not affine: n is computed, then tanh", LEFT),
 )
+LEGEND = (("affine value", HELD), ("constant", CONSTANT), ("any other value", LEFT))
 
 
 def cell(axes: Axes, x: float, y: float, width: float, text: str, colour: str) -> None:
@@ -28,7 +29,7 @@ def cell(axes: Axes, x: float, y: float, width: float, text: str, colour: str) -
 
 
 def main() -> None:
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots()
     top = len(LINES)
     for x, title in ((0.1, "the traced program"), (3.5, "what each value is"), (9.3, "the program that is left")):
@@ -42,9 +43,14 @@ def main() -> None:
         y = top - 0.75 - row * 0.9
         axes.annotate("", (9.2, top - 0.75 - target * 0.9), (8.5, y), arrowprops=arrow)
         axes.text(9.3, y, text, va="center", fontsize=10, family="monospace", color=INK)
-    for row, text in ((3.4, "K = k kernel + identity"), (4.4, "b = −k mean")):
-        axes.text(9.3, top - 0.75 - row * 0.9, text, va="center", fontsize=10, family="monospace", color=SOFT)
-    axes.set(xlim=(0, 12.4), ylim=(0.1, top + 0.6))
+    for row, text in ((2.6, "computed once, on the host:"), (3.5, "K = s kernel + identity"), (4.4, "b = −s mean")):
+        family = "monospace" if "=" in text else None
+        axes.text(9.3, top - 0.75 - row * 0.9, text, va="center", fontsize=10, family=family, color=INK)
+    for place, (text, colour) in enumerate(LEGEND):
+        x = 3.5 + 1.7 * place
+        axes.add_patch(FancyBboxPatch((x, -0.4), 0.3, 0.3, boxstyle="square,pad=0", fc=colour, ec="none"))
+        axes.text(x + 0.42, -0.25, text, va="center", fontsize=9.5, color=INK)
+    axes.set(xlim=(0, 12.4), ylim=(-0.6, top + 0.6))
     axes.axis("off")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=130)
 
