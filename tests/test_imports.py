@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "data": {"preprocess", "terminal"},
     "transform": {"reparam", "ops"},
     "models": {"reparam", "ops"},
+    "quantize": {"models"},
     "interop": {"reparam", "ops", "models"} | LEAVES,
     "predict": {"ops", "data", "models", "interop"} | LEAVES,
     "training": {"reparam", "ops", "data", "models", "interop"} | LEAVES,
