@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from repvgg_jax.reparam.concrete import check_statistics, lift, rounded
 from repvgg_jax.reparam.kernels import Array, Convolution, fold_batch_norm, identity_kernel, merge_branches
 
 Path = tuple[str, ...]
@@ -89,8 +89,8 @@ class BranchRule:
         self._check(present, params, batch_stats)
         consumed = {*present, *self._identities(params, batch_stats)}
         block, statistics = _only(params, consumed), _only(batch_stats, consumed)
-        _check_statistics(statistics)
-        branches = self._branches(present, *_lift((block, statistics)))
+        check_statistics(statistics)
+        branches = self._branches(present, *lift((block, statistics)))
         fused = self._rounded(merge_branches(branches), [params[name][self.conv] for name in present])
         return Replacement({**_without(params, consumed), self.into: fused}, _without(batch_stats, consumed))
 
@@ -123,7 +123,7 @@ class BranchRule:
     def _rounded(self, fused: Convolution, stored: Sequence[Tree]) -> dict[str, Any]:
         """Round the fused convolution to the dtype of the stored ones, and place it where the first of them lies."""
         dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(stored)))
-        return {key: _rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
+        return {key: rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
 
 
 def branch_rule(
@@ -276,45 +276,3 @@ def _only(tree: Tree, keys: set[str]) -> dict[str, Any]:
 
 def _without(tree: Tree, keys: set[str]) -> dict[str, Any]:
     return {key: tree[key] for key in tree if key not in keys}
-
-
-def _is_concrete(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array):
-        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable
-    return isinstance(leaf, np.ndarray)
-
-
-def _lift(tree: Any) -> Any:
-    """Turn concrete arrays into float64 on the host, so that the fold rounds once. Tracers stay as they are."""
-    if not all(_is_concrete(leaf) for leaf in jax.tree.leaves(tree)):
-        return tree
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)
-
-
-def _rounded(value: Any, dtype: Any, like: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value.astype(dtype)
-    value = value.astype(dtype)
-    if isinstance(like, np.ndarray):
-        return value
-    replicated = like.sharding.is_fully_replicated or value.shape == like.shape
-    return jax.device_put(value, like.sharding if replicated else None)
-
-
-def _check_statistics(statistics: Tree) -> None:
-    problems = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(statistics)[0]:
-        if not _is_concrete(leaf):
-            continue
-        where = "/".join(str(getattr(key, "key", key)) for key in path)
-        values = np.asarray(leaf).astype(np.float64)
-        bad = int(np.sum(~np.isfinite(values)))
-        if bad:
-            problems.append(f"{where} holds {bad} values that are not finite (of {values.size})")
-        elif where.endswith("var") and np.any(values < 0):
-            problems.append(f"{where} holds negative variances (smallest {values.min():.6g})")
-    if problems:
-        raise ValueError(
-            "; ".join(problems) + ": expected finite means and non-negative variances; the training diverged or the "
-            "file is damaged, go back to an earlier checkpoint"
-        )

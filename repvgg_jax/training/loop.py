@@ -158,10 +158,11 @@ def train(
             steps = Steps(train_steps[config.at_epoch(epoch)], state, batches, numbers, interruption)
             watch(steps, epoch, steps_per_epoch, check, bar)
             state, epoch_metrics = steps.state, earlier + steps.metrics()
-            images_per_second = len(numbers) * batch_size / (time.perf_counter() - start)
+            train_seconds = time.perf_counter() - start
             if len(epoch_metrics) < steps_per_epoch:
                 _save_unfinished(state, iterator, epoch_metrics, check, checkpoints)
                 raise _stopped(interruption, state, total_epochs * steps_per_epoch, workdir)
+            images_per_second = len(numbers) * batch_size / train_seconds
             earlier, summary = [], summarize_epoch(epoch_metrics)
             check.require(summary["loss"], f"epoch {epoch}")
             test = evaluate(eval_step, state.eval_variables, evaluation_batches(config.data, dataset), mesh)

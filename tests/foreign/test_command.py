@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +11,10 @@ from flax import nnx
 
 from benchmarks import foreign
 from examples import other_libraries
+from repvgg_jax import reparameterize
+from tests.docs.pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "guides" / "fuse-any-function.md"
 
 
 def tiny(name, side):
@@ -75,10 +76,13 @@ def keras(require, monkeypatch):
 
 
 @pytest.mark.usefixtures("float32")
-def test_the_keras_recipe_of_the_documentation_runs(keras):
-    page = (ROOT / "docs" / "reparameterize.md").read_text()
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "keras" in block]
-    exec(compile(block, "reparameterize.md", "exec"), {})
+def test_the_keras_recipe_of_the_guide_runs(keras):
+    (block,) = [block for block in blocks(GUIDE, "text") if "import keras" in block]
+    namespace = {"reparameterize": reparameterize, "images": jax.random.normal(jax.random.key(0), (1, 32, 32, 3))}
+    exec(compile(block, GUIDE.name, "exec"), namespace)
+    fused, expected = namespace["fused"], namespace["model"](namespace["images"], training=False)
+    assert fused.totals["convolutions"] == (52, 52)
+    assert jax.numpy.allclose(fused(fused.params, namespace["images"]), expected, atol=1e-5)
 
 
 @pytest.mark.usefixtures("float32")
