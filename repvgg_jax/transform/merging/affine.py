@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from repvgg_jax.transform.merging.constants import Constant
+from repvgg_jax.transform.merging.reading.constants import Constant
 
 Node = int
 

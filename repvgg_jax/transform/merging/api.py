@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.ops import conv_general_dilated
-from repvgg_jax.transform.merging.constants import Constant
-from repvgg_jax.transform.merging.interpreter import interpret
 from repvgg_jax.transform.merging.program import Program
+from repvgg_jax.transform.merging.reading.constants import Constant
+from repvgg_jax.transform.merging.reading.interpreter import interpret
 from repvgg_jax.transform.merging.report import Change, describe, totals
 
 

@@ -15,8 +15,6 @@ from jax.extend.core import JaxprEqn
 
 from repvgg_jax.transform.merging.affine import Affine, Node, PooledApart, Term, View, is_one, ones
 from repvgg_jax.transform.merging.compose import COSTLY
-from repvgg_jax.transform.merging.constants import Constant
-from repvgg_jax.transform.merging.equations import bind, convolutions, multiply_adds
 from repvgg_jax.transform.merging.merge import merge
 from repvgg_jax.transform.merging.program import (
     Given,
@@ -27,6 +25,8 @@ from repvgg_jax.transform.merging.program import (
     Step,
     convolve,
 )
+from repvgg_jax.transform.merging.reading.constants import Constant
+from repvgg_jax.transform.merging.reading.equations import bind, convolutions, multiply_adds
 
 
 class Builder:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from repvgg_jax.transform.merging.affine import Affine, ConvolvedApart, Term, Window, is_one
-from repvgg_jax.transform.merging.constants import Constant
 from repvgg_jax.transform.merging.merge import merge
+from repvgg_jax.transform.merging.reading.constants import Constant
 
 
 class Refusal(NamedTuple):

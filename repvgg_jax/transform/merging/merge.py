@@ -9,7 +9,7 @@ import numpy as np
 
 from repvgg_jax.reparam.kernels import identity_kernel
 from repvgg_jax.transform.merging.affine import Affine, Term, Window
-from repvgg_jax.transform.merging.constants import Constant
+from repvgg_jax.transform.merging.reading.constants import Constant
 
 
 def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.transform.merging.affine import Node, Window
-from repvgg_jax.transform.merging.constants import Constant, is_key
+from repvgg_jax.transform.merging.reading.constants import Constant, is_key
 
 
 @dataclasses.dataclass(frozen=True)

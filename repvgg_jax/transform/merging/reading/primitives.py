@@ -38,8 +38,8 @@ from jax.extend.core import JaxprEqn
 from repvgg_jax.transform.merging.affine import Affine, PooledApart, Term, View, Window, ones
 from repvgg_jax.transform.merging.builder import Builder
 from repvgg_jax.transform.merging.compose import Refusal, compose, reads_between, scale_before
-from repvgg_jax.transform.merging.constants import Constant, is_static
-from repvgg_jax.transform.merging.equations import result_aval
+from repvgg_jax.transform.merging.reading.constants import Constant, is_static
+from repvgg_jax.transform.merging.reading.equations import result_aval
 
 Value = Constant | Affine
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.transform import reparameterize
-from repvgg_jax.transform.merging import evaluate
+from repvgg_jax.transform.merging.reading import evaluate
 from tests.transform.merging.networks import convolve
 
 

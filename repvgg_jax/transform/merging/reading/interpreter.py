@@ -14,9 +14,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from repvgg_jax.transform.merging.affine import Affine
 from repvgg_jax.transform.merging.builder import Builder
-from repvgg_jax.transform.merging.constants import Constant, is_key
 from repvgg_jax.transform.merging.detours import without_detours
-from repvgg_jax.transform.merging.equations import (
+from repvgg_jax.transform.merging.program import Operand, Program
+from repvgg_jax.transform.merging.reading.constants import Constant, is_key
+from repvgg_jax.transform.merging.reading.equations import (
     aval,
     called,
     convolutions,
@@ -25,9 +26,8 @@ from repvgg_jax.transform.merging.equations import (
     sums_images,
     within,
 )
-from repvgg_jax.transform.merging.evaluate import can_evaluate, evaluate
-from repvgg_jax.transform.merging.primitives import ELEMENTWISE, WINDOWED, Value
-from repvgg_jax.transform.merging.program import Operand, Program
+from repvgg_jax.transform.merging.reading.evaluate import can_evaluate, evaluate
+from repvgg_jax.transform.merging.reading.primitives import ELEMENTWISE, WINDOWED, Value
 
 _BATCH_STATISTICS = (
     "a mean of each channel over the batch, which depends on the images. Was the function traced with train=True? "
