@@ -100,4 +100,4 @@ def _summary(config: TrainConfig) -> str:
         note = f"\n\n{name} is not at hand: counted with {classes} classes and {channels} channels"
     size = config.data.image_size
     summary = summarize(config.network.create_model(classes), (size, size, channels))
-    return f"{config.network.variant} on {size}×{size} images\n\n{summary}{note}"
+    return f"{config.network.description} on {size}×{size} images\n\n{summary}{note}"

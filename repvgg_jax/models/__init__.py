@@ -3,6 +3,7 @@
 from repvgg_jax.models.blocks import ConvBN, RepVGGBlock, SqueezeExcite, layers
 from repvgg_jax.models.forms import fuse_model, reopen_model
 from repvgg_jax.models.inference import compile_inference
+from repvgg_jax.models.quantizable import QuantizableBlock
 from repvgg_jax.models.repvgg import PARTS, RepVGG
 from repvgg_jax.models.summary import Summary, summarize
 from repvgg_jax.models.variants import VARIANTS, Variant, create_model
@@ -11,6 +12,7 @@ __all__ = [
     "PARTS",
     "VARIANTS",
     "ConvBN",
+    "QuantizableBlock",
     "RepVGG",
     "RepVGGBlock",
     "SqueezeExcite",

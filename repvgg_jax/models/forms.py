@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from repvgg_jax.models.repvgg import RepVGG
-from repvgg_jax.reparam import fuse
+from repvgg_jax.reparam import fuse, identity_kernel
+from repvgg_jax.reparam.networks import SUM_NORMS
 
 Tree = dict[str, Any]
 Variables = TypeVar("Variables", bound=Mapping[str, Any])
@@ -50,8 +51,11 @@ def reopen_model(
     What the branches were before they were fused is lost. The 3×3 branch gets the fused kernel and a batch norm that
     changes nothing: its statistics are those of `images`, and its scale and bias undo them. The network is therefore
     the same function both with running statistics and, on these images, with those of the batch. The norms of the other
-    branches begin with scale 0, and training gives them their share. Auxiliary heads are new. `fuse_model` leads back
-    to the deploy form.
+    branches begin with scale 0, and training gives them their share. In quantizable blocks, the 1×1 branch begins with
+    a kernel of 0, and the norm of the sum changes nothing either. Auxiliary heads are new. `fuse_model` leads back to
+    the deploy form.
+
+    A deploy form can be opened as blocks of the other kind: `model.clone(block="quantizable")`.
 
     Args:
       model: The network in its deploy form.
@@ -79,22 +83,27 @@ def reopen_model(
         raise ValueError("the model is in its training form: expected the deploy form, deploy=True")
     training = model.clone(deploy=False)
     fresh = training.init(key, images[:1], train=False)
+    blocks = [block.name for block in model.blocks]
     _, captured = model.apply(
         variables,
         images,
         train=False,
-        capture_intermediates=lambda module, _: module.name == "reparam",
+        capture_intermediates=lambda module, _: module.name in ("reparam", *blocks),
         mutable=["intermediates"],
     )
+    read = images
     params, batch_stats = dict(fresh["params"]), dict(fresh["batch_stats"])
-    for name, node in variables["params"].items():
-        if "reparam" not in node:
-            params[name] = node
-            continue
-        (output,) = captured["intermediates"][name]["reparam"]["__call__"]
-        opened, batch_stats[name] = _open(params[name], batch_stats[name], node["reparam"], output, model.epsilon)
-        params[name] = {**node, **opened}
-        del params[name]["reparam"]
+    for name in blocks:
+        node, found = variables["params"][name], captured["intermediates"][name]
+        (output,) = found["reparam"]["__call__"]
+        opening = (params[name], batch_stats[name], node["reparam"])
+        if model.block == "quantizable":
+            opened, batch_stats[name] = _open_quantizable(*opening, read, output, model.epsilon)
+        else:
+            opened, batch_stats[name] = _open(*opening, output, model.epsilon)
+        params[name] = {**{key: child for key, child in node.items() if key != "reparam"}, **opened}
+        (read,) = found["__call__"]
+    params["head"] = variables["params"]["head"]
     return training, {"params": params, "batch_stats": batch_stats}
 
 
@@ -106,13 +115,8 @@ def require_deploy_form(model: RepVGG) -> None:
 
 def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
     """Return the branches of one block and their statistics; `output` is what the fused convolution computes."""
-    dtype = fused["kernel"].dtype
-    output = output.astype(jnp.promote_types(dtype, jnp.float32))
-    mean, var = output.mean((0, 1, 2)) - fused["bias"], output.var((0, 1, 2))
-    branch = {
-        "conv": {"kernel": fused["kernel"]},
-        "bn": {"scale": jnp.sqrt(var + epsilon).astype(dtype), "bias": (fused["bias"] + mean).astype(dtype)},
-    }
+    norm, statistics = _silent_norm(output - fused["bias"], fused["bias"], epsilon)
+    branch = {"conv": {"kernel": fused["kernel"]}, "bn": norm}
     pointwise = params["branch_1x1"]
     opened = {
         "branch_3x3": branch,
@@ -121,4 +125,33 @@ def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsil
     if "branch_identity" in params:
         norm = params["branch_identity"]
         opened["branch_identity"] = {**norm, "scale": jnp.zeros_like(norm["scale"])}
-    return opened, {**batch_stats, "branch_3x3": {"bn": {"mean": mean.astype(dtype), "var": var.astype(dtype)}}}
+    return opened, {**batch_stats, "branch_3x3": {"bn": statistics}}
+
+
+def _open_quantizable(
+    params: Tree, batch_stats: Tree, fused: Tree, read: jax.Array, output: jax.Array, epsilon: float
+) -> tuple[Tree, Tree]:
+    """Return the branches of one quantizable block and their statistics; `read` is the input of the block."""
+    kernel, branch = fused["kernel"], output - fused["bias"]
+    (name,) = [norm for norm in SUM_NORMS if norm in params]
+    if name == "bn_with_identity":
+        # The input is in the sum already: the 3×3 branch is what the kernel does beside passing it.
+        groups = kernel.shape[3] // kernel.shape[2]
+        passing = identity_kernel(kernel.shape[3], groups=groups, size=kernel.shape[:2])
+        kernel, branch = kernel - passing.astype(kernel.dtype), branch - read
+    inner, inner_statistics = _silent_norm(branch, jnp.zeros_like(fused["bias"]), epsilon)
+    outer, outer_statistics = _silent_norm(output - fused["bias"], fused["bias"], epsilon)
+    opened = {
+        "branch_3x3": {"conv": {"kernel": kernel}, "bn": inner},
+        "branch_1x1": {"kernel": jnp.zeros_like(params["branch_1x1"]["kernel"])},
+        name: outer,
+    }
+    return opened, {**batch_stats, "branch_3x3": {"bn": inner_statistics}, name: outer_statistics}
+
+
+def _silent_norm(read: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
+    """Return a batch norm that adds `bias` and does nothing else to `read`, and its statistics."""
+    read = read.astype(jnp.promote_types(bias.dtype, jnp.float32))
+    mean, var = read.mean((0, 1, 2)), read.var((0, 1, 2))
+    norm = {"scale": jnp.sqrt(var + epsilon).astype(bias.dtype), "bias": (bias + mean).astype(bias.dtype)}
+    return norm, {"mean": mean.astype(bias.dtype), "var": var.astype(bias.dtype)}

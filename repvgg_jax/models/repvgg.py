@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,15 @@ from flax import linen as nn
 
 from repvgg_jax.models.blocks import AuxiliaryHead, RepVGGBlock, SqueezeExcitePosition, layers, spatial_mean
 from repvgg_jax.models.conv import Operations
-from repvgg_jax.reparam.rules import AUXILIARY_HEADS
+from repvgg_jax.models.quantizable import QuantizableBlock
+from repvgg_jax.reparam.networks import AUXILIARY_HEADS
 
 PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
 """The names of the parts of a network before its head, in the order of computation."""
+
+BlockKind = Literal["repvgg", "quantizable"]
+"""The kinds of block that a network can be made of."""
+_BLOCKS: dict[BlockKind, type[RepVGGBlock]] = {"repvgg": RepVGGBlock, "quantizable": QuantizableBlock}
 
 
 class BlockSetting(NamedTuple):
@@ -62,6 +67,8 @@ class RepVGG(nn.Module):
       squeeze_excite_reduction: Channels of a block over the width of the bottleneck of its squeeze-excite unit.
       auxiliary_heads: Whether the training form has three classifiers on inner stages (RepVGGplus). The deploy form
         never has them.
+      block: The block of the training form: "repvgg", or "quantizable", the block of QARepVGG, whose deploy form keeps
+        its accuracy in 8 bits. The deploy form is the same.
       deploy: Whether the network is in its deploy form.
       epsilon: The epsilon of the batch norms.
       momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch.
@@ -88,6 +95,7 @@ class RepVGG(nn.Module):
     squeeze_excite: SqueezeExcitePosition | None = None
     squeeze_excite_reduction: int = 16
     auxiliary_heads: bool = False
+    block: BlockKind = "repvgg"
     deploy: bool = False
     epsilon: float = 1e-5
     momentum: float = 0.9
@@ -165,7 +173,7 @@ class RepVGG(nn.Module):
         still = frozen_parts(self.frozen)
         x, ends = images, {}
         for block in self.blocks:
-            module = RepVGGBlock(
+            module = _BLOCKS[self.block](
                 block.features,
                 block.stride,
                 block.dilation,
@@ -205,8 +213,15 @@ def _require_settings(model: RepVGG) -> None:
         value = getattr(model, name)
         _require(value >= least, f"{name} is {value}", f"at least {least}")
     _require(0 <= model.momentum <= 1, f"momentum is {model.momentum}", "in [0, 1]")
-    positions, operations = get_args(SqueezeExcitePosition), get_args(Operations)
-    _require(model.ops in operations, f"ops is {model.ops!r}", f"one of {', '.join(operations)}")
+    positions = get_args(SqueezeExcitePosition)
+    for name, choices in (("ops", get_args(Operations)), ("block", get_args(BlockKind))):
+        value = getattr(model, name)
+        _require(value in choices, f"{name} is {value!r}", f"one of {', '.join(choices)}")
+    _require(
+        model.block == "repvgg" or (model.squeeze_excite is None and not model.auxiliary_heads),
+        f"block is {model.block!r}",
+        "'repvgg' in a network with squeeze-excite units (RepVGG-D2se) or auxiliary heads (RepVGGplus)",
+    )
     for name, choices in (("squeeze_excite", positions), ("frozen", PARTS)):
         value = getattr(model, name)
         _require(value in (None, *choices), f"{name} is {value!r}", f"None or one of {', '.join(choices)}")

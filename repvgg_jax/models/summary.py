@@ -9,7 +9,7 @@ import jax
 from tabulate import tabulate
 
 from repvgg_jax.models.repvgg import RepVGG
-from repvgg_jax.reparam.rules import AUXILIARY_HEADS
+from repvgg_jax.reparam.networks import AUXILIARY_HEADS
 
 
 class Row(NamedTuple):

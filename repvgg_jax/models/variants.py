@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.models.blocks import SqueezeExcitePosition
 from repvgg_jax.models.conv import Operations
-from repvgg_jax.models.repvgg import RepVGG, require_strides
+from repvgg_jax.models.repvgg import BlockKind, RepVGG, require_strides
 
 
 class Variant(NamedTuple):
@@ -74,6 +74,7 @@ def create_model(
     output_stride: int | None = None,
     width_multiplier: Sequence[float] | None = None,
     depths: Sequence[int] | None = None,
+    block: BlockKind = "repvgg",
     epsilon: float = 1e-5,
     momentum: float = 0.9,
     dtype: Any = None,
@@ -95,6 +96,8 @@ def create_model(
         undilated network still fit. None leaves the strides as they are.
       width_multiplier: Four factors on the channels 64, 128, 256, 512 of stage 1 to 4, in place of the variant's.
       depths: Four numbers of blocks in stage 1 to 4, in place of the variant's.
+      block: The block of the training form: "repvgg", or "quantizable", the block of QARepVGG, whose deploy form keeps
+        its accuracy in 8 bits. Networks with squeeze-excite or auxiliary heads have no such block.
       epsilon: The epsilon of the batch norms.
       momentum: Momentum of the running statistics: new = momentum · old + (1 − momentum) · batch.
       dtype: Dtype of the computation, e.g. `jnp.bfloat16`. None computes in the dtype of images and parameters.
@@ -115,7 +118,8 @@ def create_model(
 
     References:
       RepVGG, table 2 and section 4.1, https://arxiv.org/abs/2101.03697; the official implementation,
-      https://github.com/DingXiaoH/RepVGG, for D2se and RepVGGplus; Yu & Koltun, arXiv:1511.07122, for dilation.
+      https://github.com/DingXiaoH/RepVGG, for D2se and RepVGGplus; Yu & Koltun, arXiv:1511.07122, for dilation;
+      QARepVGG, arXiv:2212.01593.
 
     Example:
       >>> from repvgg_jax import create_model
@@ -134,6 +138,7 @@ def create_model(
         num_classes=num_classes,
         strides=strides,  # type: ignore[arg-type]
         dilations=dilations,  # type: ignore[arg-type]
+        block=block,
         deploy=deploy,
         epsilon=epsilon,
         momentum=momentum,

@@ -15,7 +15,8 @@ from repvgg_jax.reparam.kernels import (
     merge_branches,
     pad_kernel,
 )
-from repvgg_jax.reparam.rules import Replacement, Rule, branch_rule, first_match, repvgg_rule
+from repvgg_jax.reparam.networks import repvgg_rule
+from repvgg_jax.reparam.rules import Replacement, Rule, branch_rule, first_match
 
 __all__ = [
     "Agreement",

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from repvgg_jax.reparam.branches import Tree
 from repvgg_jax.reparam.kernels import Convolution
-from repvgg_jax.reparam.rules import Path, Replacement, Rule, Tree, repvgg_rule
+from repvgg_jax.reparam.networks import repvgg_rule
+from repvgg_jax.reparam.rules import Path, Replacement, Rule
 
 Variables = TypeVar("Variables", bound=Mapping[str, Any])
 

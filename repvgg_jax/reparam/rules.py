@@ -8,18 +8,24 @@ here are values themselves: two with the same fields are equal and have the same
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from repvgg_jax.reparam.concrete import check_statistics, lift, rounded
-from repvgg_jax.reparam.kernels import Array, Convolution, fold_batch_norm, identity_kernel, merge_branches
+from repvgg_jax.reparam.branches import (
+    Tree,
+    check_branch,
+    fold,
+    has_convolution,
+    identity_beside,
+    only,
+    require_one_plane,
+    rounded_as,
+    without,
+)
+from repvgg_jax.reparam.concrete import check_statistics, lift
+from repvgg_jax.reparam.kernels import Convolution, merge_branches
 
 Path = tuple[str, ...]
-Tree = Mapping[str, Any]
 
 
 class Replacement(NamedTuple):
@@ -83,31 +89,31 @@ class BranchRule:
         Raises:
           ValueError: If the block is malformed.
         """
-        if not any(_has_convolution(params.get(name), self.conv) for name in self.convolutions):
+        if not any(has_convolution(params.get(name), self.conv) for name in self.convolutions):
             return None
         present = [name for name in self.convolutions if name in params]
         self._check(present, params, batch_stats)
         consumed = {*present, *self._identities(params, batch_stats)}
-        block, statistics = _only(params, consumed), _only(batch_stats, consumed)
+        block, statistics = only(params, consumed), only(batch_stats, consumed)
         check_statistics(statistics)
         branches = self._branches(present, *lift((block, statistics)))
-        fused = self._rounded(merge_branches(branches), [params[name][self.conv] for name in present])
-        return Replacement({**_without(params, consumed), self.into: fused}, _without(batch_stats, consumed))
+        fused = rounded_as(merge_branches(branches), [params[name][self.conv] for name in present])
+        return Replacement({**without(params, consumed), self.into: fused}, without(batch_stats, consumed))
 
     def _check(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> None:
         """Raise a ValueError unless all required branches are there, each with a convolution and a norm."""
         if self.all_required and len(present) < len(self.convolutions):
             raise ValueError(f"found the branches {', '.join(present)}, expected {', '.join(self.convolutions)}")
         for name in present:
-            _check_branch(name, params[name], batch_stats.get(name, {}), self.conv, self.norm)
+            check_branch(name, params[name], batch_stats.get(name, {}), self.conv, self.norm)
 
     def _branches(self, present: Sequence[str], params: Tree, batch_stats: Tree) -> list[Convolution]:
         """Return every branch as the one convolution that it is."""
         branches = [self._convolution(name, params[name], batch_stats.get(name, {})) for name in present]
         for name in self._identities(params, batch_stats):
             affine, statistics = params.get(name, {}), batch_stats.get(name, {})
-            kernel = _identity_beside(branches[0], name, statistics)
-            branches.append(_fold(name, kernel, None, affine, statistics, self.epsilon))
+            kernel = identity_beside(branches[0], name, statistics)
+            branches.append(fold(name, kernel, None, affine, statistics, self.epsilon))
         return branches
 
     def _identities(self, params: Tree, batch_stats: Tree) -> list[str]:
@@ -117,13 +123,8 @@ class BranchRule:
     def _convolution(self, name: str, branch: Tree, branch_stats: Tree) -> Convolution:
         convolution, affine = branch[self.conv], branch.get(self.norm, {})
         kernel, statistics = convolution["kernel"], branch_stats.get(self.norm, {})
-        _require_one_plane(f"{name}/{self.conv}/kernel", kernel, {**affine, **statistics})
-        return _fold(name, kernel, convolution.get("bias"), affine, statistics, self.epsilon)
-
-    def _rounded(self, fused: Convolution, stored: Sequence[Tree]) -> dict[str, Any]:
-        """Round the fused convolution to the dtype of the stored ones, and place it where the first of them lies."""
-        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in jax.tree.leaves(stored)))
-        return {key: rounded(value, dtype, stored[0]["kernel"]) for key, value in fused._asdict().items()}
+        require_one_plane(f"{name}/{self.conv}/kernel", kernel, {**affine, **statistics})
+        return fold(name, kernel, convolution.get("bias"), affine, statistics, self.epsilon)
 
 
 def branch_rule(
@@ -165,114 +166,3 @@ def branch_rule(
       True
     """
     return BranchRule(tuple(convolutions), identity, into, conv, norm, epsilon, all_required)
-
-
-def repvgg_rule(epsilon: float = 1e-5) -> FirstMatch:
-    """Build the rule for the networks of this package.
-
-    It fuses RepVGG blocks and drops the auxiliary heads of RepVGGplus, which serve training only.
-
-    Args:
-      epsilon: The epsilon of the batch norms.
-
-    Returns:
-      The rule.
-
-    References:
-      The official repository, https://github.com/DingXiaoH/RepVGG, `repvggplus.py`.
-    """
-    block = branch_rule(
-        ("branch_3x3", "branch_1x1"),
-        identity="branch_identity",
-        into="reparam",
-        epsilon=epsilon,
-        all_required=True,
-    )
-    return first_match(block, _drop_auxiliary_head)
-
-
-AUXILIARY_HEADS = ("stage1_aux", "stage2_aux", "stage3_first_aux")
-
-
-def _drop_auxiliary_head(path: Path, params: Tree, batch_stats: Tree) -> Replacement | None:
-    if path and path[-1] in AUXILIARY_HEADS and set(params) == {"conv_bn", "head"}:
-        return Replacement({}, {})
-    return None
-
-
-def _has_convolution(branch: Any, conv: str) -> bool:
-    return isinstance(branch, Mapping) and isinstance(branch.get(conv), Mapping) and "kernel" in branch[conv]
-
-
-def _check_branch(name: str, branch: Any, statistics: Any, conv: str, norm: str) -> None:
-    if not isinstance(branch, Mapping) or not isinstance(statistics, Mapping):
-        raise ValueError(f"{name} is an array, expected a mapping with {conv}/kernel and {norm}")
-    if not _has_convolution(branch, conv) or (norm not in branch and norm not in statistics):
-        raise ValueError(
-            f"{name} has the children {sorted(branch)} in params and {sorted(statistics)} in batch_stats, expected "
-            f"{conv}/kernel and {norm}"
-        )
-
-
-def _require_one_plane(name: str, kernel: Any, vectors: Tree) -> None:
-    """Raise a ValueError unless a kernel is of one 2-D convolution.
-
-    The vectors of its norm tell a stack of kernels from a kernel of another rank.
-    """
-    stacked = max((vector.ndim - 1 for vector in vectors.values()), default=0)
-    if kernel.ndim == 4 and stacked <= 0:
-        return
-    spatial = kernel.ndim - 2 - max(stacked, 0)
-    stack = "blocks stacked by a scan or an ensemble are fused with jax.vmap(fuse) over the stacked axis"
-    other = f"{spatial}-D convolutions are merged by repvgg_jax.reparameterize(apply, variables, inputs)"
-    if stacked > 0:
-        advice = stack if spatial == 2 else f"{other}, with the {stacked} stacked axes of the scan unrolled"
-    elif kernel.ndim == 5 and (not vectors or len(set(kernel.shape[:3])) > 1):
-        advice = f"{stack}; {other}"
-    elif kernel.ndim in (3, 5):
-        advice = other
-    else:
-        advice = stack if kernel.ndim > 5 else "a rule names convolutions alone"
-    raise ValueError(f"{name} has shape {tuple(kernel.shape)}, expected rank 4 (kh, kw, in/groups, out); {advice}")
-
-
-def _identity_beside(beside: Convolution, name: str, statistics: Tree) -> Array:
-    """Return the kernel of a batch norm alone, in the groups of a convolution beside it."""
-    in_channels, out_channels = beside.kernel.shape[2:]
-    mean = statistics.get("mean", beside.bias)
-    if mean.shape != (out_channels,) or out_channels % in_channels:
-        raise ValueError(
-            f"{name} normalises {tuple(mean.shape)} channels beside a kernel {tuple(beside.kernel.shape)}: expected as "
-            "many channels as the kernel puts out, and in/groups to divide them"
-        )
-    dtype = jnp.promote_types(mean.dtype, jnp.float32)
-    return identity_kernel(out_channels, groups=out_channels // in_channels, dtype=dtype)
-
-
-def _fold(name: str, kernel: Any, conv_bias: Any, affine: Tree, statistics: Tree, epsilon: float) -> Convolution:
-    missing = [key for key in ("mean", "var") if key not in statistics]
-    if missing:
-        raise ValueError(
-            f"batch_stats of {name} lack {' and '.join(missing)} (found {sorted(statistics)}): expected the running "
-            "statistics of its batch norm; pass the whole variables, {'params': …, 'batch_stats': …}"
-        )
-    try:
-        return fold_batch_norm(
-            kernel,
-            mean=statistics["mean"],
-            var=statistics["var"],
-            scale=affine.get("scale"),
-            bias=affine.get("bias"),
-            conv_bias=conv_bias,
-            epsilon=epsilon,
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _only(tree: Tree, keys: set[str]) -> dict[str, Any]:
-    return {key: tree[key] for key in tree if key in keys}
-
-
-def _without(tree: Tree, keys: set[str]) -> dict[str, Any]:
-    return {key: tree[key] for key in tree if key not in keys}

@@ -41,7 +41,7 @@ def print_header(
         resumed += f" and {steps} steps"
     settings = config.optimization
     print(
-        f"{config.network.variant} on {printable(config.data.dataset)}: {len(dataset.train):,} training and "
+        f"{config.network.description} on {printable(config.data.dataset)}: {len(dataset.train):,} training and "
         f"{len(dataset.test):,} test images, {dataset.num_classes} classes, {settings.epochs} epochs "
         f"of {steps_per_epoch} steps on {devices}{resumed}\n"
         f"peak learning rate {settings.peak_learning_rate:.4g} at batch size {settings.batch_size}\n"

@@ -2,7 +2,9 @@
 
 Layouts:
   official: https://github.com/DingXiaoH/RepVGG (`stage1.0.rbr_dense.conv.weight`, `linear.weight`; RepVGGplus nests
-    blocks, `stage1.blocks.0…`, and splits stage 3 in `stage3_first` and `stage3_second`).
+    blocks, `stage1.blocks.0…`, and splits stage 3 in `stage3_first` and `stage3_second`). QARepVGG, of
+    https://github.com/cxxgtxy/QARepVGG, has the same names but for its blocks' own (`stage1.0.rbr_1x1.weight`,
+    `stage1.0.bn.weight`).
   timm: https://github.com/huggingface/pytorch-image-models, `timm/models/byobnet.py`
     (`stages.0.0.conv_kxk.conv.weight`, `head.fc.weight`).
 """
@@ -16,8 +18,9 @@ import jax
 import numpy as np
 
 from repvgg_jax.models import RepVGG
+from repvgg_jax.models.repvgg import BlockKind
 from repvgg_jax.models.shapes import abstract_variables
-from repvgg_jax.reparam.rules import AUXILIARY_HEADS
+from repvgg_jax.reparam.networks import AUXILIARY_HEADS
 
 Layout = Literal["official", "timm"]
 Path = tuple[str, ...]
@@ -27,6 +30,7 @@ _CHILDREN: dict[str, dict[str, str]] = {
         "branch_3x3": "rbr_dense",
         "branch_1x1": "rbr_1x1",
         "branch_identity": "rbr_identity",
+        "bn_with_identity": "bn",
         "reparam": "rbr_reparam",
         "down": "down",
         "up": "up",
@@ -55,6 +59,11 @@ def find_layout(keys: Iterable[str]) -> Layout:
     return "timm" if any(key.startswith("stem.") for key in keys) else "official"
 
 
+def find_block(keys: Iterable[str]) -> BlockKind:
+    """Return the block that names are of. Those of a deploy form, which do not tell, are taken for plain ones."""
+    return "quantizable" if any(key.endswith(".rbr_1x1.weight") for key in keys) else "repvgg"
+
+
 def torch_key(model: RepVGG, path: Path, layout: Layout) -> str:
     """Return the state-dict key of one leaf.
 
@@ -67,11 +76,11 @@ def torch_key(model: RepVGG, path: Path, layout: Layout) -> str:
       The key, e.g. 'stage1.0.rbr_dense.conv.weight'.
 
     Raises:
-      ValueError: If the network is a RepVGGplus, which timm does not have.
+      ValueError: If the network is a RepVGGplus or has quantizable blocks, which timm does not have.
     """
-    plus = model.auxiliary_heads
-    if plus and layout == "timm":
-        raise ValueError("timm has no RepVGGplus: expected layout='official'")
+    if layout == "timm" and (model.auxiliary_heads or model.block == "quantizable"):
+        network = "RepVGGplus" if model.auxiliary_heads else "quantizable block"
+        raise ValueError(f"timm has no {network}: expected layout='official'")
     _, unit, *children, leaf = path
     names: list[str]
     if unit == "head":

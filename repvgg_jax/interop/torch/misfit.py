@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from repvgg_jax.interop.torch.keys import Layout, expected_shapes
+from repvgg_jax.interop.torch.keys import Layout, expected_shapes, find_block
 from repvgg_jax.models import VARIANTS, RepVGG, create_model
 from repvgg_jax.models.blocks import SqueezeExcitePosition
 from repvgg_jax.terminal import printable
@@ -89,10 +89,12 @@ def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
     architecture = _architecture(layout, found)
     if architecture is None:
         return ""
-    deploy = any("reparam" in name for name in found)
+    deploy, block = any("reparam" in name for name in found), find_block(found)
     strides = _strides(layout, found)
     form = "deploy" if deploy else "training"
     names = [name for name in VARIANTS if _published(name) == architecture]
+    if not deploy and not model.deploy and block != model.block:
+        return f"these are weights of {block} blocks, the model has {model.block} ones: give block={block!r}"
     if not names and architecture == _architecture_of(model):
         return ""
     if not names:
@@ -102,7 +104,7 @@ def _diagnose(model: RepVGG, layout: Layout, found: Shapes) -> str:
         )
     shapes = [found[name] for name in _CLASSIFIERS if len(found.get(name, ())) == 2]
     classes = shapes[0][0] if shapes else model.num_classes
-    fitting = create_model(names[0], num_classes=max(1, classes), deploy=deploy, strides=strides)
+    fitting = create_model(names[0], num_classes=max(1, classes), block=block, deploy=deploy, strides=strides)
     wanted = expected_shapes(fitting, layout, _in_channels(layout, found))
     sure = dict(wanted.values()) == dict(found)
     classifier = f"{classes} classes" if shapes else "no classifier"

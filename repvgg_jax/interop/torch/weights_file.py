@@ -15,6 +15,7 @@ import jax
 import safetensors
 
 from repvgg_jax.interop.torch.entries import TOP, StateDict, find_state_dict
+from repvgg_jax.interop.torch.keys import find_block
 from repvgg_jax.interop.torch.state_dict import from_state_dict
 from repvgg_jax.interop.torch.tensors import is_finite
 from repvgg_jax.models import RepVGG, create_model
@@ -60,7 +61,7 @@ def load_weights(
 ) -> Weights:
     """Read a file of PyTorch weights into a network of this package.
 
-    Their names tell whether they are of the training form or of the deploy form.
+    Their names tell whether they are of the training form or of the deploy form, and of which block.
 
     Args:
       path: The file, as for `read_state_dict`.
@@ -68,7 +69,8 @@ def load_weights(
       entry: Which weights to take from a file that holds several, e.g. 'model' or 'ema'. By default it is the average,
         if there is one.
       num_classes: Number of classes of the model, by default that of the file.
-      strides: Strides of the stem and of stage 1 to 4, which weights do not tell.
+      strides: Strides of the stem and of stage 1 to 4, which weights do not tell. Wrong ones are refused where a block
+        would have, or lack, an identity branch. Quantizable blocks keep nothing of theirs, so that nothing is refused.
       head: "load" takes the classifiers of the file, "reinit" initialises them for `num_classes`.
       key: Random key for "reinit", by default `jax.random.key(0)`.
 
@@ -86,7 +88,9 @@ def load_weights(
     if num_classes is None:
         num_classes = _count_classes(path, tensors)
     deploy = any("reparam" in name for name in tensors)
-    model = create_model(variant, num_classes=num_classes, deploy=deploy, strides=tuple(strides))
+    model = create_model(
+        variant, num_classes=num_classes, block=find_block(tensors), deploy=deploy, strides=tuple(strides)
+    )
     try:
         variables = from_state_dict(model, tensors, head=head, key=key)
     except ValueError as error:

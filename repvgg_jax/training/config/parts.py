@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.fields import Bound, at_least, below, bounded, check_fields, require, within
 from repvgg_jax.models import RepVGG, create_model
+from repvgg_jax.models.repvgg import BlockKind
 from repvgg_jax.preprocess import Normalization, Preprocess
 
 
@@ -19,6 +20,8 @@ class NetworkConfig:
 
     variant: str = "repvgg_a0"
     """Published network to train, from repvgg_a0 to repvgg_b3g4, or repvgg_d2se or repvggplus_l2pse."""
+    block: BlockKind = "repvgg"
+    """Block to train: repvgg, or quantizable (QARepVGG), whose deploy form keeps its accuracy in 8 bits."""
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     """Strides of the stem and of stage 1 to 4, each 1 or 2. Small images want fewer 2s."""
     depths: tuple[int, int, int, int] | None = None
@@ -36,6 +39,11 @@ class NetworkConfig:
         check_fields(self)
         self.create_model(num_classes=1)
 
+    @property
+    def description(self) -> str:
+        """The variant, and the block where it is not the published one."""
+        return self.variant if self.block == "repvgg" else f"{self.variant} of {self.block} blocks"
+
     def create_model(self, num_classes: int) -> RepVGG:
         """Build the network in its training form."""
         return create_model(
@@ -44,6 +52,7 @@ class NetworkConfig:
             strides=self.strides,
             depths=self.depths,
             width_multiplier=self.width_multiplier,
+            block=self.block,
             dtype=jnp.bfloat16 if self.dtype == "bfloat16" else None,
             remat=self.remat,
             frozen=self.frozen,

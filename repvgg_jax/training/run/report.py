@@ -51,7 +51,7 @@ def write_report(
     settings = [(name, _in_table(value)) for name, value in found.items() if value is not None and name != "data_dir"]
     note = f"\n{_EMA_NOTE}" if config.optimization.ema_decay else ""
     seconds = sum(line.get("seconds", 0) for line in history)
-    text = f"""# {config.network.variant} on {printable(config.data.dataset)}
+    text = f"""# {config.network.description} on {printable(config.data.dataset)}
 
 Test accuracy **{100 * comparison.deploy.accuracy:.2f} %** in the deploy form, after {config.optimization.epochs} epochs
 ({seconds:,.0f} s of training and evaluation, without compiling the training step).

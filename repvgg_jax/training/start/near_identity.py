@@ -18,8 +18,9 @@ def residual_start(variables: dict[str, Any], *, scale: float) -> dict[str, Any]
     As published, the three norms of a block begin with scale 1 and bias 0. The input is then a third of the variance of
     what is rectified, and what lies below its mean is cut off in every block. After 14 blocks no pixel of a channel is
     correlated with what it was. Here the norms behind the convolutions begin with the scale `scale`, and the identity's
-    with the bias that keeps a rectified input whole. Blocks without an identity branch begin as published. Nothing else
-    changes: neither the network nor how it is fused.
+    with the bias that keeps a rectified input whole. In quantizable blocks the norm of the sum has that bias, and the
+    kernel of the 1×1 branch, which has no norm, is multiplied by `scale`. Blocks without an identity branch begin as
+    published. Nothing else changes: neither the network nor how it is fused.
 
     Args:
       variables: `{'params', 'batch_stats'}` of a training form, freshly initialised.
@@ -34,16 +35,22 @@ def residual_start(variables: dict[str, Any], *, scale: float) -> dict[str, Any]
     return {
         **variables,
         "params": {
-            name: _near_identity(part, scale) if "branch_identity" in part else part
+            name: _near_identity(part, scale) if {"branch_identity", "bn_with_identity"} & set(part) else part
             for name, part in variables["params"].items()
         },
     }
 
 
 def _near_identity(block: dict[str, Any], scale: float) -> dict[str, Any]:
-    identity = block["branch_identity"]
-    quiet = {
-        name: {**block[name], "bn": {**block[name]["bn"], "scale": jnp.full_like(block[name]["bn"]["scale"], scale)}}
-        for name in ("branch_3x3", "branch_1x1")
-    }
-    return {**block, **quiet, "branch_identity": {**identity, "bias": jnp.full_like(identity["bias"], _PASSING_BIAS)}}
+    quiet = {name: quieten(block[name], scale) for name in ("branch_3x3", "branch_1x1")}
+    # Where the input is normalised: alone, or within the sum.
+    norm = "branch_identity" if "branch_identity" in block else "bn_with_identity"
+    passing = {**block[norm], "bias": jnp.full_like(block[norm]["bias"], _PASSING_BIAS)}
+    return {**block, **quiet, norm: passing}
+
+
+def quieten(branch: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Let the norm of a freshly initialised branch begin at a scale, or multiply its kernel where it has no norm."""
+    if "bn" not in branch:
+        return {**branch, "kernel": branch["kernel"] * jnp.asarray(scale, branch["kernel"].dtype)}
+    return {**branch, "bn": {**branch["bn"], "scale": jnp.full_like(branch["bn"]["scale"], scale)}}

@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG, reopen_model
+from repvgg_jax.models.repvgg import BlockKind
 from repvgg_jax.models.shapes import abstract_variables, differences, few, shapes_by_name
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Normalization, normalize
@@ -31,8 +32,15 @@ class Origin(NamedTuple):
     normalization: Normalization
 
 
-def find_origin(config: StartConfig) -> Origin:
+def find_origin(config: StartConfig, *, block: BlockKind = "repvgg") -> Origin:
     """Look at what `init_from` names.
+
+    Args:
+      config: The settings of the start.
+      block: The block that a deploy form, which has none, is reopened with.
+
+    Returns:
+      The network, and its normalisation.
 
     Raises:
       ValueError: If it is a file of the deploy form, which cannot be trained on, and `reopen` is not given, or if the
@@ -42,7 +50,7 @@ def find_origin(config: StartConfig) -> Origin:
     path = run_directory(str(config.init_from))
     if config.reopen:
         model, _, preprocess, _ = load_deploy(path)
-        return Origin(model.clone(deploy=False), Normalization(preprocess.mean, preprocess.std))
+        return Origin(model.clone(deploy=False, block=block), Normalization(preprocess.mean, preprocess.std))
     if path.suffix == ".safetensors":
         raise ValueError(
             f"init_from is {path}, a deploy form: its branches are folded into one kernel each, and what training "
@@ -70,15 +78,15 @@ def require_same_network(config: TrainConfig, channels: int) -> None:
     """
     if config.start.init_from is None:
         return
-    origin = find_origin(config.start)
+    origin = find_origin(config.start, block=config.network.block)
     differing = differences(
         _shapes(origin.model, origin.normalization.channels),
         _shapes(config.network.create_model(num_classes=1), channels),
     )
     if differing:
         raise ValueError(
-            f"the network of {config.start.init_from} is another one ({few(differing)}): give variant, depths and "
-            "width_multiplier of that run, and images of as many channels"
+            f"the network of {config.start.init_from} is another one ({few(differing)}): give variant, block, "
+            "depths and width_multiplier of that run, and images of as many channels"
         )
 
 
@@ -143,7 +151,8 @@ def _changed(
 def _reopened(
     config: TrainConfig, normalization: Normalization, images: jax.Array, replicated: Sharding
 ) -> dict[str, Any]:
-    model, variables, _, _ = load_deploy(run_directory(str(config.start.init_from)))
+    deployed, variables, _, _ = load_deploy(run_directory(str(config.start.init_from)))
+    model = deployed.clone(block=config.network.block)
 
     @partial(jax.jit, out_shardings=replicated, compiler_options=compiler_options())
     def reopen(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from repvgg_jax.training.start.near_identity import quieten
+
 
 def whiten_stem(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
     """Put the principal components of the images' patches into the stem's 3×3 kernel, each with both signs.
@@ -44,9 +46,6 @@ def whiten_stem(variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
             **stem["branch_3x3"],
             "conv": {"kernel": kernel.at[..., : filters.shape[-1]].set(filters.astype(kernel.dtype))},
         },
-        "branch_1x1": {
-            **stem["branch_1x1"],
-            "bn": {**stem["branch_1x1"]["bn"], "scale": jnp.zeros_like(stem["branch_1x1"]["bn"]["scale"])},
-        },
+        "branch_1x1": quieten(stem["branch_1x1"], 0),
     }
     return {**variables, "params": {**variables["params"], "stem": whitened}}

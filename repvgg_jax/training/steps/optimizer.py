@@ -10,7 +10,7 @@ import optax
 from optax import contrib
 
 from repvgg_jax.models.repvgg import frozen_parts
-from repvgg_jax.reparam.rules import AUXILIARY_HEADS
+from repvgg_jax.reparam.networks import AUXILIARY_HEADS
 from repvgg_jax.training.config import OptimizationConfig
 
 

@@ -276,3 +276,38 @@ def test_variables_have_the_models_dtype_whatever_was_converted_before():
             state_dict = {key: np.zeros(value.shape) for key, value in to_state_dict(model, hollow(model)).items()}
             dtypes = {leaf.dtype for leaf in jax.tree.leaves(from_state_dict(model, state_dict))}
         assert dtypes == {np.dtype(np.float64 if x64 else np.float32)}
+
+
+def quantizable(strides=(2, 2, 2, 2, 2), **settings):
+    return create_model("repvgg_a0", block="quantizable", strides=strides, num_classes=10, **settings)
+
+
+def test_quantizable_blocks_have_the_keys_of_qarepvgg():
+    model = quantizable(depths=(1, 2, 1, 1))
+    found = to_state_dict(model, hollow(model))
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    block = ["rbr_dense.conv.weight", *(f"rbr_dense.bn.{name}" for name in norm), "rbr_1x1.weight"]
+    block += [f"bn.{name}" for name in norm]
+    blocks = ["stage0", "stage1.0", "stage2.0", "stage2.1", "stage3.0", "stage4.0"]
+    assert set(found) == {f"{name}.{key}" for name in blocks for key in block} | {"linear.weight", "linear.bias"}
+    assert found["stage2.1.rbr_1x1.weight"].shape == (96, 96, 1, 1)
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2, 2, 2), (1, 1, 2, 2, 1)])
+def test_weights_of_quantizable_blocks_come_back_as_they_were(strides):
+    model = quantizable(strides, depths=(1, 2, 1, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25))
+    variables = random_variables(model, dtype=np.float32)
+    chex.assert_trees_all_equal(from_state_dict(model, to_state_dict(model, variables)), variables)
+
+
+def test_weights_of_the_other_block_are_named():
+    plain, other = create_model("repvgg_a0", num_classes=10), quantizable()
+    with pytest.raises(ValueError, match="these are weights of quantizable blocks, the model has repvgg ones: give bl"):
+        from_state_dict(plain, to_state_dict(other, hollow(other)))
+    with pytest.raises(ValueError, match="these are weights of repvgg blocks, the model has quantizable ones: give bl"):
+        from_state_dict(other, to_state_dict(plain, hollow(plain)))
+
+
+def test_timm_has_no_quantizable_block():
+    with pytest.raises(ValueError, match="timm has no quantizable block: expected layout='official'"):
+        to_state_dict(quantizable(), hollow(quantizable()), "timm")

@@ -41,6 +41,14 @@ def test_form_and_classes_are_read_off_the_file(published, layout, deploy, tmp_p
     chex.assert_trees_all_equal(loaded.variables, variables)
 
 
+def test_the_block_is_read_off_the_file(tmp_path):
+    model = create_model(VARIANT, num_classes=10, block="quantizable")
+    variables = random_variables(model, dtype=np.float32)
+    loaded = load_weights(write(tmp_path / "weights.safetensors", model, variables), VARIANT)
+    assert loaded.model == model
+    chex.assert_trees_all_equal(loaded.variables, variables)
+
+
 def test_strides_and_another_classifier_are_given(tmp_path):
     # A stem and a first block of stride 1 leave stage 1 an identity branch more.
     strides = (1, 1, 2, 2, 2)

@@ -84,3 +84,22 @@ def test_a_run_that_began_near_the_identity_with_a_whitened_stem_is_fused(tiny, 
 def test_branches_that_come_with_weights_keep_their_scales(tiny):
     with pytest.raises(ValueError, match=r"residual_scale is 0\.5: expected None \(--residual-scale None"):
         tiny.replace(residual_scale=0.5, init_from="somewhere")
+
+
+def test_a_quantizable_block_passes_its_input_by_the_norm_of_the_sum():
+    model = create_model(
+        "repvgg_a0", num_classes=10, depths=(1, 2, 1, 1), width_multiplier=(0.25,) * 4, block="quantizable"
+    )
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    before, changed = variables["params"], residual_start(variables, scale=0.5)["params"]
+    assert jax.tree.map(jnp.shape, changed) == jax.tree.map(jnp.shape, before)
+    with_identity = {"stage2_block2"}
+    for name, block in before.items():
+        if name not in with_identity:
+            jax.tree.map(np.testing.assert_array_equal, changed[name], block)
+    (name,) = with_identity
+    np.testing.assert_array_equal(changed[name]["branch_3x3"]["bn"]["scale"], 0.5)
+    np.testing.assert_array_equal(changed[name]["branch_1x1"]["kernel"], 0.5 * before[name]["branch_1x1"]["kernel"])
+    np.testing.assert_allclose(changed[name]["bn_with_identity"]["bias"], 0.683, atol=1e-3)
+    np.testing.assert_array_equal(changed[name]["bn_with_identity"]["scale"], 1)

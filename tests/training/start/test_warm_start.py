@@ -76,9 +76,11 @@ def test_fine_tuning_begins_where_the_other_run_ended_and_leaves_what_is_frozen(
     assert normalization_of(result.workdir) == normalization_of(finished.workdir)
 
 
-def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin, tmp_path):
+@pytest.mark.parametrize("block", ["repvgg", "quantizable"])
+def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin, block, tmp_path):
     deployed = load_deploy(finished.workdir / "deploy.safetensors")
-    config = tiny.replace(init_from=str(finished.workdir / "deploy.safetensors"), reopen=True, seed=1)
+    weights = str(finished.workdir / "deploy.safetensors")
+    config = tiny.replace(init_from=weights, reopen=True, block=block, seed=1)
     state, batch = begin(config, tmp_path / "run")
     normalization = normalization_of(tmp_path / "run")
     assert normalization == normalization_of(finished.workdir)
@@ -86,7 +88,7 @@ def test_a_run_begins_with_a_deploy_form_reopened_if_asked(tiny, finished, begin
 
     @jax.jit
     def logits(variables, deploy_variables, images):
-        model = tiny.network.create_model(10)
+        model = config.network.create_model(10)
         in_training, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
         expected = deployed.model.apply(deploy_variables, images, train=False)
         return expected, model.apply(variables, images, train=False), in_training
@@ -124,7 +126,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, 
         start(finished.workdir, reopen=True)
     with pytest.raises(FileNotFoundError, match="expected a run directory of repvgg-train"):
         start(tmp_path)
-    with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, depths"):
+    with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, block, depths"):
         start(finished.workdir, width_multiplier=(0.25, 0.25, 0.0625, 0.0625))
     assert not (tmp_path / "run").exists()
 
