@@ -1,7 +1,8 @@
 """What the official PyTorch implementation returned, on parameters drawn by name.
 
 `official_logits.npz` holds float64 logits of github.com/DingXiaoH/RepVGG in evaluation mode and its parameter
-counts; `state_dict_keys.json` the keys and shapes of its state dicts and of timm 1.0.22's.
+counts; `qarepvgg_logits.npz` the same of `QARepVGGBlockV2` in github.com/cxxgtxy/QARepVGG, for A0 and B1g4 (PyTorch
+2.14.1); `state_dict_keys.json` the keys and shapes of its state dicts and of timm 1.0.22's.
 """
 
 import functools
@@ -33,6 +34,13 @@ def parameter_counts(golden_name):
 
 def logits(golden_name, size, head="main"):
     return _arrays()[f"{golden_name}/{size}/{head}"]
+
+
+@functools.cache
+def qarepvgg():
+    """Logits by 'QARepVGGV2-A0/64' and the like, and numbers of parameters by 'QARepVGGV2-A0/params'."""
+    with np.load(HERE / "qarepvgg_logits.npz") as arrays:
+        return dict(arrays)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 from repvgg_jax import VARIANTS, create_model, fuse_model
 from repvgg_jax.interop.torch.state_dict import from_state_dict, to_state_dict
 from repvgg_jax.models.shapes import abstract_variables
-from tests.golden.official import GOLDEN_NAMES, draw_images, draw_tensor, logits, state_dict_shapes
+from tests.golden.official import GOLDEN_NAMES, draw_images, draw_tensor, logits, qarepvgg, state_dict_shapes
 from tests.random_variables import random_variables
 
 
@@ -102,6 +102,23 @@ def test_logits_equal_the_official_ones_in_both_forms_at_even_and_odd_size(name)
                 assert relative_error(expected["stage1_aux"], flipped["stage1_aux"]) > 1e-5
         else:
             assert relative_error(expected["logits"], flipped["logits"]) > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("name", "golden"), [("repvgg_a0", "QARepVGGV2-A0"), ("repvgg_b1g4", "QARepVGGV2-B1g4")])
+def test_logits_of_quantizable_blocks_equal_those_of_qarepvgg_in_both_forms(name, golden):
+    model = create_model(name, block="quantizable", param_dtype=jnp.float64)
+    variables = from_state_dict(model, official_state_dict(model))
+    forms = [(model, variables), fuse_model(model, variables)]
+    for (_, each), count in zip(forms, qarepvgg()[f"{golden}/params"], strict=True):
+        assert sum(leaf.size for leaf in jax.tree.leaves(each["params"])) == count
+    for size in (64, 65):
+        images, expected = jnp.asarray(draw_images(size)), qarepvgg()[f"{golden}/{size}"]
+        for form, each in forms:
+            assert relative_error(expected, run(form, each, images)["logits"]) < 1e-10, (size, form.deploy)
+        flipped = run(*forms[0], images[:, ::-1])["logits"]
+        assert relative_error(expected, flipped) > 1e-3
 
 
 @partial(jax.jit, static_argnums=0)
