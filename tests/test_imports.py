@@ -24,10 +24,10 @@ MAY_IMPORT = {
     "data": {"preprocess", "terminal"},
     "transform": {"reparam", "ops"},
     "models": {"reparam", "ops"},
-    "quantize": {"models"},
+    "quantize": {"ops", "models"},
     "interop": {"reparam", "ops", "models"} | LEAVES,
     "predict": {"ops", "data", "models", "interop"} | LEAVES,
-    "training": {"reparam", "ops", "data", "models", "interop"} | LEAVES,
+    "training": {"reparam", "ops", "data", "models", "quantize", "interop"} | LEAVES,
     "cli": {"reparam", "ops", "data", "models", "interop", "predict", "training"} | LEAVES,
 }
 # `python -m repvgg_jax.predict` is a command, like train.py.

@@ -10,6 +10,7 @@ from typing import Any
 from repvgg_jax.cli import fuse, predict, train
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.distributed import Cluster
+from repvgg_jax.training.export.int8 import Int8Settings
 
 PARTS = {field.name: type(getattr(TrainConfig(), field.name)) for field in dataclasses.fields(TrainConfig)}
 INTRODUCTION = """# Flags
@@ -70,6 +71,7 @@ def page() -> str:
     sections.append(f"### Run\n\n{table(train._Arguments)}\n{seed}\n")
     sections.append(f"### Cluster\n\n{Cluster.__doc__}\n\n{table(Cluster)}\n")
     sections.append(f"## Fuse\n\n`python fuse.py SOURCE [FLAGS]`, or `repvgg-fuse`.\n\n{table(fuse._Arguments)}\n")
+    sections.append(f"### 8 bits\n\n{Int8Settings.__doc__}\n\n{table(Int8Settings)}\n")
     usage = "`python -m repvgg_jax.predict WEIGHTS IMAGES… [FLAGS]`, or `repvgg-predict`."
     sections.append(f"## Predict\n\n{usage}\n\n{table(predict._Arguments)}\n")
     return "\n".join(sections)

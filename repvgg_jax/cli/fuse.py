@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,19 +14,34 @@ from repvgg_jax.cli.output import Output
 from repvgg_jax.files import require_writable
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.fuse_weights import fuse_weights
+from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.torch.weights_file import SUFFIXES
 from repvgg_jax.invocation import command
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import printable
+from repvgg_jax.training.export.formats import (
+    Format,
+    describe,
+    export_deploy,
+    is_deploy_form,
+    require_export,
+)
+from repvgg_jax.training.export.int8 import Int8Settings, describe_int8, export_int8
+from repvgg_jax.training.export.int8_images import folder_images
+from repvgg_jax.training.export.int8_proof import AccuracyLostError
 from repvgg_jax.training.run.directory import DataMissingError, fuse_run
-from repvgg_jax.training.run.export import Format, describe, export_deploy, is_deploy_form, require_export
 
 _DESCRIPTION = (
     "Restore a run, fuse it, verify on every test image that the two forms are the same function, and save "
     "deploy.safetensors. PyTorch weights of the official implementation or of timm are fused as well, and verified on "
-    "images of noise. With --export, the deploy form is also written as ONNX or StableHLO. A deploy.safetensors can be "
-    "exported, too. " + STATUSES
+    "images of noise. With --export, the deploy form is also written as ONNX, in float or in 8 bits, or as StableHLO. "
+    "A deploy.safetensors can be exported, too. " + STATUSES
 )
+
+_FAILURES: dict[type[Exception], ExitStatus] = {
+    EquivalenceError: ExitStatus.FAILED,
+    AccuracyLostError: ExitStatus.FAILED,
+}
 
 _Source = Literal["run", "weights", "deploy"]
 
@@ -39,9 +54,15 @@ class _Arguments:
     check_only: bool = False
     """Verify the two forms without writing anything."""
     export: tuple[Format, ...] = ()
-    """Formats to write the deploy form in besides deploy.safetensors: deploy.onnx, deploy.stablehlo.
+    """Formats to write the deploy form in besides deploy.safetensors: deploy.onnx, deploy.stablehlo, deploy.int8.onnx.
     Each file is proven in its own runtime: on test images where there are any, and else on images of noise.
-    Noise serves for weights, for a deploy.safetensors, and for a run whose data set is not at hand."""
+    Noise serves for weights, for a deploy.safetensors, and for a run whose data set is not at hand.
+    8 bits (onnx-int8) need images: those of the run, or --images."""
+    int8: Annotated[Int8Settings, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=Int8Settings)
+    images: Path | None = None
+    """For --export onnx-int8 of weights or of a deploy.safetensors: a folder of images to calibrate and prove with.
+    Where its directories are named as the classes, it is split as for training, and accuracy is measured.
+    Otherwise half of all images in it calibrate, and the others must be predicted as before."""
     opset: int = OPSET
     """Version of the operators in the ONNX file, 11 to 21. Older runtimes and converters want a smaller one."""
     with_preprocess: bool = False
@@ -80,7 +101,7 @@ def fuse_command(arguments: list[str]) -> int:
         return ExitStatus.DONE
 
     remedy = "see to its folder, permissions and room; of weights, --output names another file"
-    return guard(run, remedy=remedy, failures={EquivalenceError: ExitStatus.FAILED})
+    return guard(run, remedy=remedy, failures=_FAILURES)
 
 
 def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
@@ -98,13 +119,17 @@ def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
             with_preprocess=parsed.with_preprocess,
             opset=parsed.opset,
         )
+    if kind != "run" and "onnx-int8" in parsed.export and parsed.images is None:
+        raise ValueError("images is None: expected a folder, --images FOLDER, to calibrate and prove 8 bits with")
+    if "onnx-int8" not in parsed.export and (parsed.images is not None or parsed.int8 != Int8Settings()):
+        raise ValueError("settings of 8 bits are given without --export onnx-int8, which they are about")
     if parsed.image_size < 1:
         raise ValueError(f"image_size is {parsed.image_size}: expected at least 1")
     if kind == "weights" and parsed.variant is None:
         raise ValueError(f"variant is None: expected that of {source}, e.g. --variant repvgg_a0")
     defaults = _Arguments(source)
     of_run, of_weights = ("data_dir",), ("variant", "entry", "output", "class_names", "image_size", "strides")
-    others = {"run": of_weights, "weights": of_run, "deploy": of_run + of_weights}[kind]
+    others = {"run": (*of_weights, "images"), "weights": of_run, "deploy": of_run + of_weights}[kind]
     given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
     if given:
         found, other = {
@@ -125,9 +150,10 @@ def _fuse_run(parsed: _Arguments) -> None:
             export=parsed.export,
             with_preprocess=parsed.with_preprocess,
             opset=parsed.opset,
+            int8=parsed.int8,
         )
     except DataMissingError as error:
-        if not parsed.export or not is_deploy_form(weights):
+        if not parsed.export or "onnx-int8" in parsed.export or not is_deploy_form(weights):
             raise
         if parsed.data_dir is not None:
             raise FileNotFoundError(
@@ -141,7 +167,13 @@ def _fuse_run(parsed: _Arguments) -> None:
 
 
 def _export(parsed: _Arguments, path: Path) -> None:
-    print(describe(export_deploy(path, parsed.export, with_preprocess=parsed.with_preprocess, opset=parsed.opset)))
+    written = export_deploy(path, parsed.export, with_preprocess=parsed.with_preprocess, opset=parsed.opset)
+    if written:
+        print(describe(written))
+    if parsed.images is not None:
+        images = folder_images(parsed.images, load_deploy(path).preprocess, parsed.int8.calibrate)
+        proof = export_int8(path, images, parsed.int8, with_preprocess=parsed.with_preprocess, opset=parsed.opset)
+        print(f"\n{describe_int8(path, proof)}")
 
 
 def _output(parsed: _Arguments) -> Path:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -24,7 +24,9 @@ from repvgg_jax.invocation import command
 from repvgg_jax.predict.classify import EXPECTED, Prediction, predict
 from repvgg_jax.terminal import printable
 
-_DESCRIPTION = "Classify image files by the network in a deploy.safetensors, and print the likeliest classes."
+_DESCRIPTION = (
+    "Classify image files by the network in a deploy.safetensors or an ONNX file, and print the likeliest classes."
+)
 _LONGEST_LIST = 2**28
 
 
@@ -97,7 +99,7 @@ def read_list(stream: TextIO | None) -> list[str]:
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
     weights: tyro.conf.Positional[Path]
-    """The deploy.safetensors of a network."""
+    """The deploy.safetensors of a network, or an ONNX file that repvgg-fuse wrote."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, directories to search for images, or - for a list on standard input.
     The list has one path a line, or each path ends with NUL as find -print0 writes it."""
@@ -124,8 +126,14 @@ def _classify(arguments: Sequence[str], output: Output) -> int:
     paths = list_images(parsed.images, lines, say=partial(print, file=sys.stderr))
     if not paths:
         raise ValueError("no image is named: give files, directories, or - and a list on standard input")
-    deployed = load_deploy(parsed.weights)
-    for prediction in predict(deployed, paths, top=parsed.top, batch_size=parsed.batch_size):
+    network: Any
+    if parsed.weights.suffix == ".onnx":
+        from repvgg_jax.interop.onnx_file import load_onnx_network
+
+        network = load_onnx_network(parsed.weights)
+    else:
+        network = load_deploy(parsed.weights)
+    for prediction in predict(network, paths, top=parsed.top, batch_size=parsed.batch_size):
         if output.failure is not None:
             break
         if prediction.error is not None:

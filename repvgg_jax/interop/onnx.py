@@ -130,22 +130,27 @@ def load_onnx(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray
       ImportError: If onnxruntime is not installed.
       ValueError: If ONNX Runtime does not read it, because it is damaged, no ONNX file, or too new for this version.
     """
-    require_runtime()
-    import onnxruntime
-
-    data = Path(path).read_bytes()
-    try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common class
-        raise ValueError(
-            f"ONNX Runtime {onnxruntime.__version__} does not read {path} ({error}): write or copy it again; a smaller "
-            "opset suits older versions"
-        ) from None
+    session = load_session(Path(path))
 
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {"images": images})[0]
 
     return run
+
+
+def load_session(path: Path) -> Any:
+    """Return ONNX Runtime's session of a file, on the CPU. It raises what `load_onnx` does."""
+    require_runtime()
+    import onnxruntime
+
+    data = path.read_bytes()
+    try:
+        return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} does not read {path} ({error}): write or copy it again; a smaller "
+            "opset suits older versions"
+        ) from None
 
 
 def require_runtime() -> None:

@@ -10,7 +10,7 @@ import io
 import logging
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,6 +42,7 @@ def to_onnx_int8(
     per_channel: bool = True,
     reduce_range: bool | None = None,
     keep_float: Sequence[str] = (),
+    ranges: Mapping[str, Sequence[Any]] | None = None,
 ) -> onnx.ModelProto:
     """Quantize an ONNX graph to weights and activations of 8 bits, with int32 biases.
 
@@ -58,6 +59,8 @@ def to_onnx_int8(
       reduce_range: Use 7 of the 8 bits of the weights. Processors without VNNI instructions add two products of 8 bits
         in 16 bits, and saturate where both are large. The default is what the processor at hand needs.
       keep_float: Names of blocks, e.g. 'stage1_block1', or 'head', that stay in float.
+      ranges: Ranges of the activations, in place of those that `images` have. They are pairs of the lower and the upper
+        end, by the names of `repvgg_jax.quantize.tensor_ranges`. Training in 8 bits finds them.
 
     Returns:
       The quantized graph. Its metadata have `quantization`, a line that says how it was made.
@@ -76,7 +79,7 @@ def to_onnx_int8(
 
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}: expected {', '.join(get_args(Method))}")
-    if not len(images):
+    if not len(images) and ranges is None:
         raise ValueError("images are none: expected at least one to calibrate with")
     layers = layer_nodes(model)
     unknown = [name for name in keep_float if name not in layers]
@@ -91,7 +94,7 @@ def to_onnx_int8(
             reduce_range,
             QuantType.QInt8,
             QuantType.QUInt8,
-            _ranges(model, images, method),
+            _ranges(model, images, method) if ranges is None else _given(model, ranges),
             None,
             [node for name in keep_float for node in layers[name]],
             _OPERATORS,
@@ -103,13 +106,14 @@ def to_onnx_int8(
     scales = "per channel" if per_channel else "per tensor"
     kept = f", {' '.join(keep_float)} in float" if keep_float else ""
     bits = "7 of 8 bits" if reduce_range else "8 bits"
-    properties["quantization"] = f"int8 weights {scales} of {bits}, uint8 activations by {method}{kept}"
+    found = "by training" if ranges is not None else f"by {method}"
+    properties["quantization"] = f"int8 weights {scales} of {bits}, uint8 activations {found}{kept}"
     helper.set_model_props(quantized, properties)
     return quantized
 
 
 def layer_nodes(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Name the nodes of each block and of the head in the graph of `to_onnx`.
+    """Name the nodes of each block and of the head, with the mean before it, in the graph of `to_onnx`.
 
     Returns:
       The names of the nodes, by the name of the layer, in the order of computation.
@@ -121,7 +125,8 @@ def layer_nodes(model: onnx.ModelProto) -> dict[str, list[str]]:
             layers.setdefault(name, []).append(node.name)
         elif node.op_type == "Relu" and layers:
             layers[list(layers)[-1]].append(node.name)
-    return layers
+    pools = [node.name for node in model.graph.node if node.op_type == "GlobalAveragePool"]
+    return {**layers, "head": [pools[-1], *layers["head"]]}
 
 
 def saturates() -> bool:
@@ -162,6 +167,30 @@ def _ranges(model: onnx.ModelProto, images: np.ndarray, method: Method) -> Any:
         for start in range(0, len(images), _CALIBRATION_BATCH):
             calibrator.collect_data(Once(images[start : start + _CALIBRATION_BATCH]))
         return calibrator.compute_data()
+
+
+def _given(model: onnx.ModelProto, ranges: Mapping[str, Sequence[Any]]) -> Any:
+    """Ranges by the names of layers, in ONNX Runtime's form and by the names of the graph."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import TensorsData
+
+    def pair(name: str) -> tuple[np.ndarray, np.ndarray]:
+        low, high = ranges[name]
+        return np.asarray(low, np.float32), np.asarray(high, np.float32)
+
+    nodes = model.graph.node
+    data = {next(node.input[0] for node in nodes if node.op_type == "Conv"): pair("images")}
+    names = iter(layer_nodes(model))
+    name = ""
+    for node in nodes:
+        if node.op_type in ("Conv", "Relu"):
+            name = next(names) if node.op_type == "Conv" else name
+            data[node.output[0]] = pair(name)
+        elif node.op_type in ("GlobalAveragePool", "Flatten"):
+            data[node.output[0]] = pair("pooled")
+        elif node.op_type == "Gemm":
+            data[node.output[0]] = pair("logits")
+    return TensorsData(CalibrationMethod.MinMax, data)
 
 
 @contextlib.contextmanager

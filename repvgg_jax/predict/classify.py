@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from repvgg_jax.models import compile_inference
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Preprocess
 from repvgg_jax.terminal import printable
+
+if TYPE_CHECKING:  # it takes the extra [onnx]
+    from repvgg_jax.interop.onnx_file import OnnxNetwork
 
 EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"
 
@@ -38,12 +41,12 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    deployed: Deployed, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
+    network: Deployed | OnnxNetwork, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
     """Classify image files. Each is resized, centre-cropped and normalised as in the network's evaluation.
 
     Args:
-      deployed: The network, from `load_deploy`.
+      network: The network, from `load_deploy` or `load_onnx_network`.
       paths: Paths of image files.
       top: Number of classes for each image, at most as many as there are.
       batch_size: Number of images in a call of the network. The next batch is decoded, in threads, while it computes.
@@ -60,12 +63,10 @@ def predict(
             raise ValueError(f"{name} is {value}: expected at least 1")
     if not paths:
         return
-    preprocess = deployed.preprocess
+    preprocess = network.preprocess
     size = min(batch_size, len(paths))
     shape = (size, preprocess.image_size, preprocess.image_size, preprocess.channels)
-    forward = compile_inference(deployed.model, deployed.variables, jax.ShapeDtypeStruct(shape, jnp.float32))
-    normalized = partial(normalize, mean=preprocess.mean, std=preprocess.std)
-    prepare = jax.jit(normalized, compiler_options=compiler_options())
+    classify = _compiled(network, shape) if isinstance(network, Deployed) else network.probabilities
     chunks = [[str(path) for path in paths[start : start + size]] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor() as pool:
         read = partial(_read, preprocess=preprocess)
@@ -77,13 +78,21 @@ def predict(
             for index, result in enumerate(results):
                 if isinstance(result, np.ndarray):
                     images[index] = result
-            probabilities = np.asarray(jax.nn.softmax(forward(prepare(images))))
+            probabilities = classify(images)
             for path, result, row in zip(chunk, results, probabilities, strict=False):
                 if isinstance(result, str):
                     yield Prediction(path, error=result)
                     continue
                 best = np.argsort(-row, kind="stable")[:top]
                 yield Prediction(path, tuple((preprocess.class_names[i], float(row[i])) for i in best))
+
+
+def _compiled(network: Deployed, shape: tuple[int, int, int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from pixels to probabilities."""
+    mean, std = network.preprocess.mean, network.preprocess.std
+    forward = compile_inference(network.model, network.variables, jax.ShapeDtypeStruct(shape, jnp.float32))
+    prepare = jax.jit(partial(normalize, mean=mean, std=std), compiler_options=compiler_options())
+    return lambda pixels: np.asarray(jax.nn.softmax(forward(prepare(pixels))))
 
 
 def _read(path: str, preprocess: Preprocess) -> np.ndarray | str:

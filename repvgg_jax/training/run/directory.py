@@ -20,12 +20,14 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.config import DataConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary
+from repvgg_jax.training.export.formats import Format, describe, export_deploy, require_export
+from repvgg_jax.training.export.int8 import DEFAULT_INT8, Int8Settings, describe_int8, export_int8
+from repvgg_jax.training.export.int8_images import Int8Images, draw_images
 from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.run.data_record import DataRecord, TrainingData
-from repvgg_jax.training.run.export import Format, describe, export_deploy, require_export
 from repvgg_jax.training.run.metrics_log import read_metrics
 from repvgg_jax.training.run.paths import run_directory
-from repvgg_jax.training.run.report import write_report
+from repvgg_jax.training.run.report import add_int8, write_report
 from repvgg_jax.training.run.restore import restore
 from repvgg_jax.training.start.warm_start import find_origin
 from repvgg_jax.training.steps.mesh import create_mesh, require_divisible
@@ -139,6 +141,7 @@ def fuse_run(
     export: Sequence[Format] = (),
     with_preprocess: bool = False,
     opset: int = OPSET,
+    int8: Int8Settings = DEFAULT_INT8,
 ) -> Comparison:
     """Fuse the newest checkpoint of a run, verify it on the test split, and write `deploy.safetensors` and the report.
 
@@ -148,11 +151,12 @@ def fuse_run(
       workdir: The run directory.
       data_dir: Where the data set lies now, if it has moved. For a run on `folder:PATH`, it is the new PATH.
       check_only: Whether to verify without writing.
-      export: Formats to write the deploy form in besides `deploy.safetensors`: "onnx", "stablehlo". Each file is proven
-        on the test split.
+      export: Formats to write the deploy form in besides `deploy.safetensors`: "onnx", "stablehlo", "onnx-int8". Each
+        file is proven on the test split.
       with_preprocess: Whether the exported files take uint8 pixels and return probabilities, instead of normalised
         images and logits.
-      opset: Version of the operators of the ONNX file.
+      opset: Version of the operators of the ONNX files.
+      int8: How the network becomes one of 8 bits. Images of the training split calibrate it.
 
     Returns:
       The comparison of the two forms.
@@ -161,6 +165,7 @@ def fuse_run(
       DataMissingError: If the data set is not at hand.
       FileNotFoundError: If the directory is not a run, or holds no checkpoint.
       EquivalenceError: If the two forms are not the same function, or an exported file computes something else.
+      AccuracyLostError: If 8 bits lose more accuracy than is allowed.
       ValueError: If the run cannot be read, the data are not those of the run, or arguments do not go together.
       ImportError: If the extra of a format is not installed.
       OSError: If a file cannot be written. What is whole is named.
@@ -194,5 +199,14 @@ def fuse_run(
     if not export:
         return comparison
     batches = partial(evaluation_batches, config.data, dataset)
-    print(describe(export_deploy(weights, export, batches, with_preprocess=with_preprocess, opset=opset)))
+    written = export_deploy(weights, export, batches, with_preprocess=with_preprocess, opset=opset)
+    if written:
+        print(describe(written))
+    if "onnx-int8" in export:
+        preprocess = config.data.preprocess(data.normalization, dataset.class_names)
+        calibration = draw_images(dataset.train, preprocess, int8.calibrate)
+        images = Int8Images(calibration, batches, labelled=True)
+        proof = export_int8(weights, images, int8, with_preprocess=with_preprocess, opset=opset)
+        print(f"\n{describe_int8(weights, proof)}")
+        add_int8(workdir, proof)
     return comparison

@@ -15,9 +15,11 @@ from repvgg_jax.files import write_whole
 from repvgg_jax.preprocess import Normalization
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.export.int8_proof import Int8Proof
 from repvgg_jax.training.run.comparison import Comparison
 from repvgg_jax.training.run.plots import draw_confusion, draw_curves, draw_differences
 
+REPORT = "report.md"
 _EMA_NOTE = "The test figures and the deploy form are of the moving average of the variables, the training figures not."
 
 
@@ -81,9 +83,26 @@ Training figures are averages over an epoch, on augmented images and smoothed ta
 
 {versions}, Python {platform.python_version()}
 """
-    path = workdir / "report.md"
+    path = workdir / REPORT
     write_whole(path, text)
     return path
+
+
+def add_int8(workdir: Path, proof: Int8Proof) -> None:
+    """Add to the report of a run what its network loses in 8 bits."""
+    path = workdir / REPORT
+    text = f"""
+## In 8 bits
+
+`deploy.int8.onnx` beside the deploy form, on the whole test split:
+
+{proof.table("github")}
+
+Each layer's output beside that of the deploy form, on a few test images:
+
+{proof.layer_table("github")}
+"""
+    write_whole(path, path.read_text(encoding="utf-8") + text)
 
 
 def _in_table(value: Any) -> str:

@@ -126,7 +126,9 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(tiny, finished, 
         start(finished.workdir, reopen=True)
     with pytest.raises(FileNotFoundError, match="expected a run directory of repvgg-train"):
         start(tmp_path)
-    with pytest.raises(ValueError, match=r"another one \(.*/mean is \(16,\), expected \(32,\);.*give variant, block, depths"):
+    with pytest.raises(
+        ValueError, match=r"another one \(.*mean is \(16,\), expected \(32,\);.*give variant, block, depths"
+    ):
         start(finished.workdir, width_multiplier=(0.25, 0.25, 0.0625, 0.0625))
     assert not (tmp_path / "run").exists()
 

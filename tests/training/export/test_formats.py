@@ -19,7 +19,7 @@ from repvgg_jax.interop.onnx import load_onnx
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.interop.stablehlo import load_stablehlo
 from repvgg_jax.reparam import EquivalenceError
-from repvgg_jax.training.run.export import _compare, _noise
+from repvgg_jax.training.export.formats import _compare, _noise
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_no_room_for_the_last_file_keeps_the_others(run, capsys, monkeypatch):
 
 def test_normalised_noise_that_is_not_finite_proves_nothing(run, monkeypatch):
     deployed = load_deploy(run / "deploy.safetensors")
-    monkeypatch.setattr("repvgg_jax.training.run.export.normalize", lambda images, *_: images * jnp.nan)
+    monkeypatch.setattr("repvgg_jax.training.export.formats.normalize", lambda images, *_: images * jnp.nan)
     with pytest.raises(EquivalenceError, match=r"nothing would be proven: .*images are not finite"):
         _compare(lambda images: images, None, deployed, _noise(deployed))
 

@@ -21,11 +21,13 @@ from repvgg_jax.reparam import Agreement, EquivalenceError, agreement
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.steps.mesh import Batch
 
-Format = Literal["onnx", "stablehlo"]
+Format = Literal["onnx", "stablehlo", "onnx-int8"]
 _Run = Callable[[np.ndarray], np.ndarray]
 # Of the largest logit, and of the largest probability. Runtimes order their sums differently.
 TOLERANCE = 1e-4
 _NOISE_IMAGES = 8
+# Scales by channel are attributes of QuantizeLinear from this version on.
+_OLDEST_INT8_OPSET = 13
 
 
 class Proof(NamedTuple):
@@ -55,7 +57,7 @@ def export_deploy(
 
     Args:
       path: The file of the deploy form.
-      formats: Formats to write.
+      formats: Formats to write. "onnx-int8" is left to `export_int8`, which takes images to calibrate with.
       batches: Returns a fresh pass over test images, uint8 `(batch, height, width, channels)`. By default there are
         eight images of noise.
       with_preprocess: Whether the files take uint8 pixels and return probabilities, instead of normalised images and
@@ -78,7 +80,9 @@ def export_deploy(
     kind = "images of noise" if batches is None else "test images"
     found: dict[Path, Proof] = {}
     for name in dict.fromkeys(formats):
-        exported = _exported(path, name)
+        if name == "onnx-int8":
+            continue
+        exported = exported_path(path, name)
         prove = partial(_write_proven, deployed=deployed, images=images, with_preprocess=with_preprocess, opset=opset)
         try:
             found[exported] = Proof(prove(exported, name), kind)
@@ -123,11 +127,30 @@ def require_export(
     if with_preprocess and not formats:
         raise ValueError("with_preprocess is given without export: expected both, it is about the exported files")
     require_opset(opset)
-    if opset != OPSET and "onnx" not in formats:
+    if opset != OPSET and not {"onnx", "onnx-int8"} & set(formats):
         raise ValueError(f"opset is {opset} without an ONNX file to write: expected it with --export onnx alone")
     for name in formats:
-        _require_runtime(name)
-        require_writable(_exported(path, name))
+        if name == "onnx-int8":
+            require_int8(opset)
+        else:
+            _require_runtime(name)
+        require_writable(exported_path(path, name))
+
+
+def require_int8(opset: int) -> None:
+    """Raise an error, before any work, unless 8 bits can be written.
+
+    Raises:
+      ValueError: If `opset` is older than scales by channel.
+      ImportError: If ONNX or ONNX Runtime is not installed.
+    """
+    if opset < _OLDEST_INT8_OPSET:
+        raise ValueError(
+            f"opset is {opset}: expected at least {_OLDEST_INT8_OPSET} for onnx-int8, for scales by channel"
+        )
+    from repvgg_jax.interop.onnx import require_runtime
+
+    require_runtime()
 
 
 def is_deploy_form(path: Path) -> bool:
@@ -153,10 +176,13 @@ def describe(exported: Mapping[Path, Proof]) -> str:
     )
 
 
-def _exported(path: Path, name: Format) -> Path:
-    """Return `NAME.onnx` for `NAME.safetensors`. Another name is kept whole, so that no two files share one."""
+def exported_path(path: Path, name: Format) -> Path:
+    """Return `NAME.onnx` for `NAME.safetensors`, and `NAME.int8.onnx` for the format onnx-int8.
+
+    Another name is kept whole, so that no two files share one.
+    """
     stem = path.name[: -len(".safetensors")] if path.name.lower().endswith(".safetensors") else path.name
-    return path.with_name(f"{stem}.{name}")
+    return path.with_name(f"{stem}.{'int8.onnx' if name == 'onnx-int8' else name}")
 
 
 def _noise(deployed: Deployed) -> list[Batch]:
@@ -213,6 +239,7 @@ def _write_proven(
 # Both write a file and read it back, as a function of normalised images, or of pixels.
 def _write_onnx(path: Path, deployed: Deployed, preprocess: Preprocess | None, *, softmax: bool, opset: int) -> _Run:
     from repvgg_jax.interop.onnx import load_onnx, to_onnx
+    from repvgg_jax.interop.onnx_file import describe_preprocess
 
     graph = to_onnx(
         deployed.model,
@@ -223,6 +250,7 @@ def _write_onnx(path: Path, deployed: Deployed, preprocess: Preprocess | None, *
         softmax=softmax,
         opset=opset,
     )
+    describe_preprocess(graph, deployed.preprocess)
     path.write_bytes(graph.SerializeToString())
     run = load_onnx(path)
     return run if preprocess else lambda images: run(images.transpose(0, 3, 1, 2))
