@@ -19,16 +19,11 @@ from repvgg_jax.interop.torch.weights_file import SUFFIXES
 from repvgg_jax.invocation import command
 from repvgg_jax.reparam import EquivalenceError
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.export.formats import (
-    Format,
-    describe,
-    export_deploy,
-    is_deploy_form,
-    require_export,
-)
+from repvgg_jax.training.export.formats import describe, export_deploy
 from repvgg_jax.training.export.int8 import Int8Settings, describe_int8, export_int8
 from repvgg_jax.training.export.int8_images import folder_images
 from repvgg_jax.training.export.int8_proof import AccuracyLostError
+from repvgg_jax.training.export.requirements import Format, is_deploy_form, require_export
 from repvgg_jax.training.run.directory import DataMissingError, fuse_run
 
 _DESCRIPTION = (

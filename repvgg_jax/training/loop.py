@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterable
@@ -17,7 +18,8 @@ from jax.sharding import Mesh
 
 from repvgg_jax.data import ImageDataset, train_iterator
 from repvgg_jax.models import RepVGG
-from repvgg_jax.preprocess import Normalization
+from repvgg_jax.ops import compiler_options
+from repvgg_jax.preprocess import Normalization, normalize
 from repvgg_jax.training.config import StartConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary, on_primary, wait_for_all
 from repvgg_jax.training.epoch import FiniteCheck, Steps, epoch_record, summarize_epoch, watch
@@ -36,6 +38,7 @@ from repvgg_jax.training.start.warm_start import require_same_network, start_fro
 from repvgg_jax.training.steps.eval_step import make_eval_step
 from repvgg_jax.training.steps.mesh import abstract_batch, create_mesh, require_divisible, shard_batch
 from repvgg_jax.training.steps.optimizer import create_optimizer, learning_rate_schedule
+from repvgg_jax.training.steps.quantize_aware import first_ranges
 from repvgg_jax.training.steps.state import TrainState, abstract_state, create_state
 from repvgg_jax.training.steps.train_step import make_train_step
 
@@ -219,11 +222,28 @@ def _begin(setting: Setting, normalization: Normalization, iterator: Any) -> Tra
     if config.start == StartConfig():
         return state
     beginning = iterator.get_state()
-    variables = start_from(config, normalization, state.variables, lambda: shard_batch(next(iterator), setting.mesh))
+    batch = partial(_next_batch, iterator, setting.mesh)
+    state = dataclasses.replace(state, **start_from(config, normalization, state.variables, batch))
+    if state.ranges is not None:
+        ranges = _first_ranges(setting, normalization, state.variables, batch()["image"])
+        state = dataclasses.replace(state, ranges=ranges)
     iterator.set_state(beginning)
     # A copy: the training step donates its state, and must not be given one array twice.
-    average = jax.tree.map(jnp.copy, variables) if state.ema is not None else None
-    return TrainState(state.step, **variables, opt_state=state.opt_state, ema=average)
+    return state if state.ema is None else dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.variables))
+
+
+def _next_batch(iterator: Any, mesh: Mesh) -> dict[str, jax.Array]:
+    return shard_batch(next(iterator), mesh)
+
+
+def _first_ranges(setting: Setting, normalization: Normalization, variables: Any, images: jax.Array) -> Any:
+    replicated = jax.tree.leaves(variables)[0].sharding
+
+    @partial(jax.jit, out_shardings=replicated, compiler_options=compiler_options())
+    def measure(variables: Any, images: jax.Array) -> Any:
+        return first_ranges(setting.model, variables, normalize(images, *normalization))
+
+    return measure(variables, images)
 
 
 def _compile(

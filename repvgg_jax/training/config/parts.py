@@ -224,6 +224,9 @@ class OptimizationConfig:
     """Number of pieces that a batch is computed in, one after the other, to save memory. Batch norm sees each alone."""
     ema_decay: float = bounded(0.0, below(0, 1))
     """Decay per step of a moving average of the variables, which is evaluated and fused. 0 switches it off."""
+    quantize_aware: bool = False
+    """Train for 8 bits: the loss is that of the deploy form with rounded numbers. Rates are a hundredth of those given.
+    It needs init_from."""
     auxiliary_weight: float = bounded(0.1, at_least(0))
     """Weight of the loss of each auxiliary head. Only RepVGGplus has them."""
 
@@ -239,7 +242,17 @@ class OptimizationConfig:
         References:
           Goyal et al., *Accurate, Large Minibatch SGD*, arXiv:1706.02677.
         """
-        return self.learning_rate * self.batch_size / self.learning_rate_batch_size
+        return self._rate_factor * self.learning_rate * self.batch_size / self.learning_rate_batch_size
+
+    @property
+    def peak_muon_learning_rate(self) -> float:
+        """The learning rate of Muon at the end of warm-up."""
+        return self._rate_factor * self.muon_learning_rate
+
+    @property
+    def _rate_factor(self) -> float:
+        # Batch norms that keep their statistics no longer make up for the size of a step.
+        return 0.01 if self.quantize_aware else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from repvgg_jax.fields import bounded, check_fields, read_object, require, shown
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.preprocess import Normalization
+from repvgg_jax.quantize.equalize import require_plain_deploy_form
 from repvgg_jax.training.config.parts import (
     AugmentationConfig,
     CheckpointConfig,
@@ -51,6 +52,9 @@ class TrainConfig:
         starts = self.network.frozen is None or self.start.init_from is not None
         unfounded = "init_from as well: without a run to start from, what is frozen would stay random"
         require(self.network, "frozen", starts, unfounded)
+        aware = self.optimization.quantize_aware
+        trained = not aware or self.start.init_from is not None
+        require(self.optimization, "quantize_aware", trained, "init_from as well: training comes before rounding")
         require(self.data, "image_size", size >= 3 or not self.start.whiten_stem, "at least 3 to whiten")
         require(self.augmentation, "cutout", self.augmentation.cutout <= size, f"at most image_size (={size})")
         # What no deploy form can be saved with would otherwise be found when the training is over.
@@ -58,6 +62,8 @@ class TrainConfig:
         preprocess = self.data.preprocess(normalization, class_names=("any",))
         model = self.network.create_model(num_classes=1).clone(deploy=True)
         DeployMetadata.of(self.network.variant, model, preprocess)
+        if aware:
+            require_plain_deploy_form(model)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from repvgg_jax.preprocess import Preprocess, normalize
 from repvgg_jax.quantize import Range, prepare
 from repvgg_jax.quantize.equalize import require_plain_deploy_form
 from repvgg_jax.terminal import printable
-from repvgg_jax.training.export.formats import exported_path, require_int8
 from repvgg_jax.training.export.int8_images import Int8Images
 from repvgg_jax.training.export.int8_proof import AccuracyLostError, Int8Proof, prove
+from repvgg_jax.training.export.requirements import exported_path, require_int8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,10 @@ from repvgg_jax.invocation import command
 from repvgg_jax.models import RepVGG
 from repvgg_jax.training.config import DataConfig, TrainConfig
 from repvgg_jax.training.distributed import is_primary
-from repvgg_jax.training.export.formats import Format, describe, export_deploy, require_export
+from repvgg_jax.training.export.formats import describe, export_deploy
 from repvgg_jax.training.export.int8 import DEFAULT_INT8, Int8Settings, describe_int8, export_int8
 from repvgg_jax.training.export.int8_images import Int8Images, draw_images
+from repvgg_jax.training.export.requirements import Format, require_export
 from repvgg_jax.training.run.comparison import Comparison, fuse_and_compare
 from repvgg_jax.training.run.data_record import DataRecord, TrainingData
 from repvgg_jax.training.run.metrics_log import read_metrics
@@ -99,7 +100,7 @@ def finish(
       config: The settings of the run.
       data: The data of the run.
       model: The network in its training form.
-      variables: Its variables.
+      variables: Its variables. Of several collections, 'params' and 'batch_stats' are taken.
       mesh: The mesh of the run.
       check_only: Whether to write nothing.
 
@@ -111,6 +112,7 @@ def finish(
       OSError: If the weights or the report could not be written. What is whole is named.
     """
     dataset, normalization = data
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
     deploy_model, deploy_variables, comparison = fuse_and_compare(
         model, variables, lambda: evaluation_batches(config.data, dataset), normalization, mesh
     )
@@ -206,7 +208,8 @@ def fuse_run(
         preprocess = config.data.preprocess(data.normalization, dataset.class_names)
         calibration = draw_images(dataset.train, preprocess, int8.calibrate)
         images = Int8Images(calibration, batches, labelled=True)
-        proof = export_int8(weights, images, int8, with_preprocess=with_preprocess, opset=opset)
+        ranges = state.eval_variables.get("ranges")
+        proof = export_int8(weights, images, int8, with_preprocess=with_preprocess, opset=opset, ranges=ranges)
         print(f"\n{describe_int8(weights, proof)}")
         add_int8(workdir, proof)
     return comparison

@@ -22,6 +22,8 @@ from repvgg_jax.training.run.plots import draw_confusion, draw_curves, draw_diff
 REPORT = "report.md"
 _EMA_NOTE = "The test figures and the deploy form are of the moving average of the variables, the training figures not."
 
+_QUANTIZE_AWARE_NOTE = "Figures of training and its tests are of the network in 8 bits, those of the two forms are not."
+
 
 def write_report(
     workdir: Path,
@@ -51,7 +53,10 @@ def write_report(
     device = jax.devices()[0]
     found = config.settings | normalization._asdict()
     settings = [(name, _in_table(value)) for name, value in found.items() if value is not None and name != "data_dir"]
-    note = f"\n{_EMA_NOTE}" if config.optimization.ema_decay else ""
+    notes = [_EMA_NOTE] if config.optimization.ema_decay else []
+    if config.optimization.quantize_aware:
+        notes.append(_QUANTIZE_AWARE_NOTE)
+    note = "".join(f"\n{each}" for each in notes)
     seconds = sum(line.get("seconds", 0) for line in history)
     text = f"""# {config.network.description} on {printable(config.data.dataset)}
 

@@ -104,7 +104,7 @@ def start_from(
     Args:
       config: The settings of the new run.
       normalization: The normalisation of its images.
-      variables: `{'params', 'batch_stats'}` of the training form, replicated over devices.
+      variables: `{'params', 'batch_stats', …}` of the training form, replicated over devices. Other collections stay.
       batch: Returns a batch of training images, to whiten the stem or to reopen a deploy form with.
 
     Returns:
@@ -128,7 +128,8 @@ def start_from(
             return fresh
         return jax.device_put(jax.device_get(found), fresh.sharding)
 
-    return jax.tree.map(replace, variables, found)
+    trained = {name: variables[name] for name in ("params", "batch_stats")}
+    return variables | jax.tree.map(replace, trained, {name: found[name] for name in trained})
 
 
 def _changed(

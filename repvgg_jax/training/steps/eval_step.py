@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +14,15 @@ from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Normalization, normalize
 from repvgg_jax.training.steps.mesh import Batch
+from repvgg_jax.training.steps.quantize_aware import quantized_logits
 
 
 def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> jax.stages.Wrapped:
     """Build the evaluation step of either form, under `jit`.
 
     Args:
-      model: The network, in the form of the variables that the step will be given.
+      model: The network, in the form of the variables that the step will be given. Where these have 'ranges', as in
+        training for 8 bits, the logits are those in 8 bits.
       normalization: The normalisation of the images.
       mesh: The mesh from `create_mesh`. Its size must divide the batch.
 
@@ -29,7 +32,9 @@ def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> j
     """
 
     def step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
-        logits: Any = model.apply(variables, normalize(batch["image"], *normalization), train=False)
+        images = normalize(batch["image"], *normalization)
+        forward = partial(quantized_logits, model) if "ranges" in variables else partial(model.apply, train=False)
+        logits: Any = forward(variables, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         correct = (logits.argmax(-1) == batch["label"]) & batch["mask"]
         return {

@@ -104,7 +104,7 @@ def create_optimizer(
     if not config.muon_learning_rate:
         # One chain: its state is the tree that checkpoints hold.
         return optax.chain(*clip, *rest)
-    factor = config.muon_learning_rate / config.peak_learning_rate
+    factor = config.peak_muon_learning_rate / config.peak_learning_rate
     kernels = contrib.muon(
         lambda step: factor * schedule(step),
         beta=config.momentum,

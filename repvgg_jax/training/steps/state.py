@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.steps.quantize_aware import no_ranges
 
 
 @flax.struct.dataclass
@@ -26,6 +28,7 @@ class TrainState:
       batch_stats: The running statistics.
       opt_state: The state of the optimizer.
       ema: The moving average of `variables`, or None where the config's `ema_decay` is 0.
+      ranges: The ranges of the activations, by name, where the config has `quantize_aware`.
     """
 
     step: jax.Array
@@ -33,11 +36,13 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     ema: Any = None
+    ranges: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables that are trained, `{'params', 'batch_stats'}`."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """The variables that are trained, `{'params', 'batch_stats'}`, with 'ranges' where there are any."""
+        variables = {"params": self.params, "batch_stats": self.batch_stats}
+        return variables if self.ranges is None else variables | {"ranges": self.ranges}
 
     @property
     def eval_variables(self) -> dict[str, Any]:
@@ -74,7 +79,8 @@ def _initializer(
         images = jnp.zeros((1, config.data.image_size, config.data.image_size, channels))
         variables = model.init(key, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
-        ema = {"params": params, "batch_stats": batch_stats} if config.optimization.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ema)
+        ranges = no_ranges(model) if config.optimization.quantize_aware else None
+        state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), ranges=ranges)
+        return dataclasses.replace(state, ema=state.variables) if config.optimization.ema_decay else state
 
     return init

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
 from repvgg_jax.preprocess import Normalization
-from repvgg_jax.training.config import TrainConfig
+from repvgg_jax.training.config import OptimizationConfig, TrainConfig
 from repvgg_jax.training.steps.accumulation import accumulate
 from repvgg_jax.training.steps.augmentation import augment
 from repvgg_jax.training.steps.ema import update_ema
 from repvgg_jax.training.steps.mesh import Batch
+from repvgg_jax.training.steps.quantize_aware import train_quantized
 from repvgg_jax.training.steps.state import TrainState
 
 
@@ -49,6 +52,9 @@ def make_train_step(
       step changed nothing but the counts of steps. The old state is donated: do not use it again.
     """
     settings = config.optimization
+    # What a batch changes besides the parameters.
+    changing = "ranges" if settings.quantize_aware else "batch_stats"
+    loss_fn = partial(_quantized_loss, model) if settings.quantize_aware else partial(_loss, model, settings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -62,25 +68,23 @@ def make_train_step(
             epoch=state.step // steps_per_epoch,
         )
 
-        def compute(batch_stats: Any, inputs: Batch) -> tuple[Any, Any]:
-            gradient_fn = jax.value_and_grad(_loss, argnums=2, has_aux=True)
-            (loss, (logits, batch_stats)), gradients = gradient_fn(
-                model, settings.auxiliary_weight, state.params, batch_stats, inputs
-            )
+        def compute(statistics: Any, inputs: Batch) -> tuple[Any, Any]:
+            gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            variables = state.variables | statistics
+            (loss, (logits, statistics)), gradients = gradient_fn(state.params, variables, inputs)
             metrics = {"loss": loss, "accuracy": (logits.argmax(-1) == inputs["label"]).mean()}
-            return batch_stats, (gradients, metrics)
+            return statistics, (gradients, metrics)
 
         inputs = {"image": images, "target": targets, "label": batch["label"]}
-        batch_stats, (gradients, metrics) = accumulate(
-            compute, state.batch_stats, inputs, steps=settings.accumulate_steps, mesh=mesh
+        statistics = {changing: state.variables[changing]}
+        statistics, (gradients, metrics) = accumulate(
+            compute, statistics, inputs, steps=settings.accumulate_steps, mesh=mesh
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, **statistics)
         if settings.ema_decay:
-            variables = {"params": params, "batch_stats": batch_stats}
-            ema = update_ema(state.ema, variables, state.step, settings.ema_decay)
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+            new = dataclasses.replace(new, ema=update_ema(state.ema, new.variables, state.step, settings.ema_decay))
         if settings.skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(gradients))
             new = _where(finite, new, state)
@@ -98,16 +102,25 @@ def make_train_step(
 
 
 def _loss(
-    model: RepVGG, auxiliary_weight: float, params: Any, batch_stats: Any, inputs: Batch
+    model: RepVGG, settings: OptimizationConfig, params: Any, variables: Any, inputs: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """Return the loss, auxiliary heads included, with the logits and the statistics after the batch."""
-    variables = {"params": params, "batch_stats": batch_stats}
+    variables = {**variables, "params": params}
     output, updates = model.apply(variables, inputs["image"], train=True, mutable=["batch_stats"])
     logits, auxiliary = output if isinstance(output, tuple) else (output, {})
     loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
     for head in auxiliary.values():
-        loss += auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
-    return loss, (logits, updates["batch_stats"])
+        loss += settings.auxiliary_weight * optax.softmax_cross_entropy(head, inputs["target"]).mean()
+    return loss, (logits, {"batch_stats": updates["batch_stats"]})
+
+
+def _quantized_loss(
+    model: RepVGG, params: Any, variables: Any, inputs: Batch
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """Return the loss of the network in 8 bits, with the logits and the ranges after the batch."""
+    logits, ranges = train_quantized(model, {**variables, "params": params}, inputs["image"])
+    loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
+    return loss, (logits, {"ranges": ranges})
 
 
 def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
