@@ -148,8 +148,12 @@ def _fuse_run(parsed: _Arguments) -> None:
             int8=parsed.int8,
         )
     except DataMissingError as error:
-        if not parsed.export or "onnx-int8" in parsed.export or not is_deploy_form(weights):
+        if not parsed.export or not is_deploy_form(weights):
             raise
+        if "onnx-int8" in parsed.export:
+            raise FileNotFoundError(
+                f"{error}; 8 bits need images: say with --data-dir where they are, or export {weights} with --images"
+            ) from None
         if parsed.data_dir is not None:
             raise FileNotFoundError(
                 f"{error}; without --data-dir, {weights} is exported as it is, proven on noise"

@@ -87,17 +87,15 @@ def export_int8(
     require_plain_deploy_form(model)
     normalized = _normalized(images.calibration, preprocess)
     reduce_range = saturates() if settings.reduce_range is None else settings.reduce_range
-    equal = corrected = variables
-    if ranges is None:
-        equal, corrected = prepare(
-            model,
-            variables,
-            jnp.asarray(normalized),
-            equal_channels=settings.equalize,
-            corrected_biases=settings.correct_biases,
-            reduce_range=reduce_range,
-            keep_float=settings.keep_float,
-        )
+    equal, corrected = prepare(
+        model,
+        variables,
+        jnp.asarray(normalized),
+        equal_channels=settings.equalize and ranges is None,
+        corrected_biases=settings.correct_biases and ranges is None,
+        reduce_range=reduce_range,
+        keep_float=settings.keep_float,
+    )
     graph = partial(
         to_onnx,
         model,

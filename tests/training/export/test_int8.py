@@ -196,6 +196,14 @@ def test_drawn_images_are_always_the_same_and_no_test_image(digits, run):
     assert len(draw_images(digits.train, preprocess, 10**6)) == len(digits.train)
 
 
+def test_a_run_whose_images_are_gone_says_what_can_be_done(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["dataset"] = f"folder:{tmp_path / 'gone'}"
+    (run / "config.json").write_text(json.dumps(config))
+    message = f"or export {run / 'deploy.safetensors'} with --images"
+    fails([run, "--export", "onnx-int8"], 2, message, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
