@@ -179,3 +179,41 @@ def test_the_worth_of_merging_a_traced_function_is_measured(capsys):
     assert len(cells) == header.count("|") - 1 == rule.count("|") - 1
     assert cells[:2] == ["repvgg_a0", "44 → 22"]
     assert float(cells[4]) < 1e-12
+
+
+@pytest.mark.long
+def test_the_steps_towards_8_bits_are_lines_of_a_table(finished, tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    from benchmarks import int8
+    from repvgg_jax.training import train_and_evaluate
+
+    monkeypatch.setattr(int8, "ROWS", (int8.ROWS[0], int8.ROWS[6]))
+    monkeypatch.setattr(int8, "CALIBRATE", 64)
+    config = tiny.replace(init_from=str(finished.workdir), quantize_aware=True, epochs=1)
+    trained = train_and_evaluate(config, tmp_path / "trained").workdir
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["int8", str(finished.workdir), str(trained)])
+    int8.main()
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = [line[0].strip() for line in lines]
+    assert [name for name in names if name and "-" not in name] == [
+        "float", "one scale a tensor", "the default: equalized, biases corrected", "float", "trained for 8 bits",
+    ]  # fmt: skip
+    accuracies = {name: float(line[1]) for name, line in zip(names, lines, strict=True) if name and "-" not in name}
+    assert accuracies["float"] == pytest.approx(100 * finished.comparison.deploy.accuracy, abs=0.01)
+    assert abs(accuracies["the default: equalized, biases corrected"] - accuracies["float"]) < 3
+
+
+@pytest.mark.slow
+def test_under_stress_8_bits_lose_everything_and_the_default_keeps_more():
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    from benchmarks.int8 import stress
+    from repvgg_jax.quantize import prepare
+
+    subject = stress()
+    plain = subject.prove(subject.variables, per_channel=False)
+    equalized, corrected = prepare(subject.model, subject.variables, jnp.asarray(subject.calibration))
+    kept = subject.prove(corrected, equalized)
+    assert plain.decibels < 1
+    assert kept.decibels > plain.decibels + 5
+    assert kept.lost < plain.lost - 30

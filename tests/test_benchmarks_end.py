@@ -29,7 +29,8 @@ def test_where_jax_cannot_start(name, monkeypatch, capsys):
 
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(module, "require_devices" if hasattr(module, "require_devices") else "machine", cannot)
-    monkeypatch.setattr(sys, "argv", [name, *["cifar10"] * (name == "step")])
+    arguments = {"step": ["cifar10"], "int8": ["--stress"]}
+    monkeypatch.setattr(sys, "argv", [name, *arguments.get(name, [])])
     assert SOURCES[name].endswith("    end_with(main)\n")
     assert ended(module.main) == 2
     assert capsys.readouterr().err == "error: JAX cannot start (why): what to do\n"
