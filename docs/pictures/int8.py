@@ -1,4 +1,4 @@
-"""Draws int8.png, of docs/concepts/int8.md, and prints what that page says: `python docs/pictures/int8.py RUN_DIR`.
+"""Draws int8.png, of docs/concepts/int8.md, and prints figures of that page: `python docs/pictures/int8.py RUN_DIR`.
 
 The picture there is of a run on the digits, as `python train.py --workdir RUN_DIR` makes one. Any other run will do. A
 second argument names another block than stage1_block1. The picture of that is drawn into the folder at hand.
@@ -8,18 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from repvgg_jax.data import normalize
-from repvgg_jax.interop.onnx import to_onnx
-from repvgg_jax.interop.onnx_int8 import to_onnx_int8
-from repvgg_jax.interop.safetensors import Deployed, load_deploy
+from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.quantize import prepare
 from repvgg_jax.training import TrainConfig
 from repvgg_jax.training.export.int8_images import draw_images
@@ -59,25 +55,6 @@ def describe(kernel: np.ndarray) -> str:
         f"{rounded_to_zero(kernel, steps):.0f} %\n"
         f"largest weight of a channel: {kernel.max((0, 1)).min():.2f} to {kernel.max((0, 1)).max():.2f}"
     )
-
-
-def run(graph: Any, images: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    batches = np.array_split(images, -(-len(images) // 256))
-    return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
-
-
-def print_steps(deployed: Deployed, ways: dict[str, tuple[Any, bool]], images: np.ndarray, test: np.ndarray) -> None:
-    """Print signal to noise of the logits on the test images, after each step towards 8 bits."""
-    graph = lambda variables: to_onnx(deployed.model, variables, image_size=deployed.preprocess.image_size)  # noqa: E731
-    expected = run(graph(deployed.variables), test)
-    signal = np.square(expected - expected.mean(0)).sum()
-    for name, (variables, per_channel) in ways.items():
-        quantized = to_onnx_int8(graph(variables), images, per_channel=per_channel, reduce_range=False)
-        found = run(quantized, test)
-        decibels = 10 * np.log10(signal / np.square(found - expected).sum())
-        changed = (found.argmax(-1) != expected.argmax(-1)).sum()
-        print(f"{name:32} {decibels:5.1f} dB, {changed} of {len(test)} predictions changed")
 
 
 def draw(axes: Axes, kernel: np.ndarray, order: np.ndarray, title: str) -> None:
@@ -120,25 +97,13 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def main(workdir: Path, block: str | None) -> None:
-    deployed = load_deploy(workdir / "deploy.safetensors")
-    model, variables, preprocess, _ = deployed
-    dataset = open_data(TrainConfig.load(workdir / "config.json")).dataset
-
-    def images(source: Any, count: int) -> jax.Array:
-        return normalize(jnp.asarray(draw_images(source, preprocess, count)), preprocess.mean, preprocess.std)
-
-    calibration, test = images(dataset.train, CALIBRATION), np.asarray(images(dataset.test, len(dataset.test)))
-    prepared = prepare(model, variables, calibration)
+    model, variables, preprocess, _ = load_deploy(workdir / "deploy.safetensors")
+    train = open_data(TrainConfig.load(workdir / "config.json")).dataset.train
+    pixels = jnp.asarray(draw_images(train, preprocess, CALIBRATION))
+    equalized = prepare(model, variables, normalize(pixels, preprocess.mean, preprocess.std)).equalized
     shown = block or "stage1_block1"
-    before, after = (magnitudes(each, shown) for each in (variables, prepared.equalized))
-    print(f"{shown} as trained\n{describe(before)}\n\n{shown} equalized\n{describe(after)}\n")
-    ways = {
-        "one scale for each kernel": (variables, False),
-        "one scale for each channel": (variables, True),
-        "and equal channels": (prepared.equalized, True),
-        "and corrected biases": (prepared.corrected, True),
-    }
-    print_steps(deployed, ways, np.asarray(calibration).transpose(0, 3, 1, 2), test.transpose(0, 3, 1, 2))
+    before, after = (magnitudes(each, shown) for each in (variables, equalized))
+    print(f"{shown} as trained\n{describe(before)}\n\n{shown} equalized\n{describe(after)}")
 
     figure = Figure(figsize=(10, 4.8), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, sharey=True)
