@@ -23,10 +23,10 @@ from benchmarks.command import end_with
 from repvgg_jax import create_model, fuse_model
 from repvgg_jax.cli.devices import require_devices
 from repvgg_jax.interop.onnx import to_onnx
-from repvgg_jax.interop.onnx_int8 import saturates, to_onnx_int8
+from repvgg_jax.interop.onnx_int8 import to_onnx_int8
 from repvgg_jax.models import RepVGG
 from repvgg_jax.preprocess import normalize
-from repvgg_jax.quantize import prepare
+from repvgg_jax.quantize import prepare, saturates
 from repvgg_jax.training.config import TrainConfig
 from repvgg_jax.training.export.int8_images import draw_images
 from repvgg_jax.training.export.int8_proof import Int8Proof, prove
@@ -106,7 +106,7 @@ def stress() -> Subject:
     colour, contrast = random.normal(size=(320, 1, 1, 3)), random.uniform(0.2, 1, (320, 1, 1, 1))
     images = (colour + contrast * random.normal(size=(320, 32, 32, 3))).astype(np.float32)
     # Blocks near the identity: fourteen random ones in a row forget their input, in float too.
-    variables = residual_start(model.init(jax.random.key(0), images[:1], train=False), scale=0.25)
+    variables = residual_start(dict(model.init(jax.random.key(0), images[:1], train=False)), scale=0.25)
 
     def skew(block: Any) -> Any:
         """A tenth of the channels at a thousandth of their size, in every branch alike."""
@@ -196,7 +196,12 @@ def main() -> None:
             print(f"\n{table(subject)}")
             continue
         origin, _, _ = of_run(Path(str(config.start.init_from)), arguments.data_dir)
-        proof = subject.prove(subject.variables, floating=origin.variables, ranges=ranges, reduce_range=False)
+        proof = subject.prove(
+            subject.variables,
+            floating=origin.variables,
+            ranges=ranges,
+            reduce_range=config.optimization.weight_bits == 7,
+        )
         print(f"\n{formatted([floating_line(proof), line('trained for 8 bits', proof)])}")
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "transform": {"reparam", "ops"},
     "models": {"reparam", "ops"},
     "quantize": {"ops", "models"},
-    "interop": {"reparam", "ops", "models"} | LEAVES,
+    "interop": {"reparam", "ops", "models", "quantize"} | LEAVES,
     "predict": {"ops", "data", "models", "interop"} | LEAVES,
     "training": {"reparam", "ops", "data", "models", "quantize", "interop"} | LEAVES,
     "cli": {"reparam", "ops", "data", "models", "interop", "predict", "training"} | LEAVES,

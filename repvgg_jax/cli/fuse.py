@@ -95,8 +95,15 @@ def fuse_command(arguments: list[str]) -> int:
             _fuse_run(parsed)
         return ExitStatus.DONE
 
+    def run_and_show(output: Output) -> int:
+        try:
+            return run(output)
+        except AccuracyLostError as error:
+            print(f"\n{error.proof}\n", flush=True)
+            raise
+
     remedy = "see to its folder, permissions and room; of weights, --output names another file"
-    return guard(run, remedy=remedy, failures=_FAILURES)
+    return guard(run_and_show, remedy=remedy, failures=_FAILURES)
 
 
 def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
@@ -116,6 +123,11 @@ def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
         )
     if kind != "run" and "onnx-int8" in parsed.export and parsed.images is None:
         raise ValueError("images is None: expected a folder, --images FOLDER, to calibrate and prove 8 bits with")
+    if kind == "run" and parsed.images is not None:
+        raise ValueError(
+            f"images is {parsed.images}: expected none, since a run has its own; to take others, export "
+            f"{source / 'deploy.safetensors'} with --images"
+        )
     if "onnx-int8" not in parsed.export and (parsed.images is not None or parsed.int8 != Int8Settings()):
         raise ValueError("settings of 8 bits are given without --export onnx-int8, which they are about")
     if parsed.image_size < 1:
@@ -124,7 +136,7 @@ def _require_fitting(parsed: _Arguments, kind: _Source) -> None:
         raise ValueError(f"variant is None: expected that of {source}, e.g. --variant repvgg_a0")
     defaults = _Arguments(source)
     of_run, of_weights = ("data_dir",), ("variant", "entry", "output", "class_names", "image_size", "strides")
-    others = {"run": (*of_weights, "images"), "weights": of_run, "deploy": of_run + of_weights}[kind]
+    others = {"run": of_weights, "weights": of_run, "deploy": of_run + of_weights}[kind]
     given = [name for name in others if getattr(parsed, name) != getattr(defaults, name)]
     if given:
         found, other = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from repvgg_jax.interop.onnx import require_runtime
+from repvgg_jax.quantize import saturates
 
 try:
     import onnx
@@ -101,6 +101,8 @@ def to_onnx_int8(
             {},
         )
         quantizer.quantize_model()
+    _hide_relu(quantizer.model.model, [node for name in keep_float for node in layers[name]])
+    quantizer.model.topological_sort()
     quantized = quantizer.model.model
     properties = {each.key: each.value for each in model.metadata_props}
     scales = "per channel" if per_channel else "per tensor"
@@ -110,6 +112,21 @@ def to_onnx_int8(
     properties["quantization"] = f"int8 weights {scales} of {bits}, uint8 activations {found}{kept}"
     helper.set_model_props(quantized, properties)
     return quantized
+
+
+def _hide_relu(model: onnx.ModelProto, kept: Sequence[str]) -> None:
+    """Put `Max(x, 0)` in the place of each ReLU that is kept in float.
+
+    ONNX Runtime 1.32 quantizes the weights of a float convolution too, with one scale for the kernel, where it finds
+    integers before it and behind its ReLU.
+    """
+    names = set(kept)
+    for node in model.graph.node:
+        if node.op_type == "Relu" and node.name in names:
+            zero = f"{node.name}_zero"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), zero))
+            node.op_type = "Max"
+            node.input.append(zero)
 
 
 def layer_nodes(model: onnx.ModelProto) -> dict[str, list[str]]:
@@ -127,17 +144,6 @@ def layer_nodes(model: onnx.ModelProto) -> dict[str, list[str]]:
             layers[list(layers)[-1]].append(node.name)
     pools = [node.name for node in model.graph.node if node.op_type == "GlobalAveragePool"]
     return {**layers, "head": [pools[-1], *layers["head"]]}
-
-
-def saturates() -> bool:
-    """Return whether products of 8 bits saturate on this processor, as on x86 without VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: the safe answer
-        return True
-    return "avx512_vnni" not in flags and "avx_vnni" not in flags
 
 
 def _ranges(model: onnx.ModelProto, images: np.ndarray, method: Method) -> Any:

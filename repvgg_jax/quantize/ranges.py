@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG
-from repvgg_jax.quantize.equalize import require_plain_deploy_form
+from repvgg_jax.quantize.equalization import require_plain_deploy_form
 from repvgg_jax.quantize.layers import run_layers
 
 

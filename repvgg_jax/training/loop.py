@@ -142,7 +142,8 @@ def train(
     # Compile, so that images/s measures training alone.
     start = time.perf_counter()
     train_steps = _compile(setting, normalization, epochs, steps_per_epoch)
-    eval_step = make_eval_step(setting.model, normalization, mesh)
+    reduced = config.optimization.weight_bits == 7
+    eval_step = make_eval_step(setting.model, normalization, mesh, reduce_range=reduced)
     seconds = time.perf_counter() - start
     print_header(config, dataset, workdir, done=done, steps_per_epoch=steps_per_epoch, compiled_in=seconds)
 

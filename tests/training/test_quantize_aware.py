@@ -59,7 +59,7 @@ def test_the_exported_file_computes_what_was_trained(config, trained, data_dir):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     from repvgg_jax.interop.onnx import load_onnx
 
-    settings = Int8Settings(allowed_loss=5, reduce_range=False)
+    settings = Int8Settings(allowed_loss=5)
     fuse_run(trained.workdir, export=["onnx-int8"], int8=settings)
     path = trained.workdir / "deploy.int8.onnx"
     (line,) = [each.value for each in onnx.load(path).metadata_props if each.key == "quantization"]

@@ -11,7 +11,7 @@ from repvgg_jax.fields import bounded, check_fields, read_object, require, shown
 from repvgg_jax.files import write_whole
 from repvgg_jax.interop.deploy_metadata import DeployMetadata
 from repvgg_jax.preprocess import Normalization
-from repvgg_jax.quantize.equalize import require_plain_deploy_form
+from repvgg_jax.quantize.equalization import require_plain_deploy_form
 from repvgg_jax.training.config.parts import (
     AugmentationConfig,
     CheckpointConfig,

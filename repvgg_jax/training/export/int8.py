@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,8 @@ from repvgg_jax.files import replace_whole
 from repvgg_jax.interop.exportable import OPSET
 from repvgg_jax.interop.safetensors import load_deploy
 from repvgg_jax.preprocess import Preprocess, normalize
-from repvgg_jax.quantize import Range, prepare
-from repvgg_jax.quantize.equalize import require_plain_deploy_form
+from repvgg_jax.quantize import Range, prepare, saturates
+from repvgg_jax.quantize.equalization import require_plain_deploy_form
 from repvgg_jax.terminal import printable
 from repvgg_jax.training.export.int8_images import Int8Images
 from repvgg_jax.training.export.int8_proof import AccuracyLostError, Int8Proof, prove
@@ -33,8 +34,9 @@ class Int8Settings:
     """Scale the channels first so that they are alike, which changes nothing in float."""
     correct_biases: bool = True
     """Take back by the biases what rounding adds to the mean of each channel."""
-    reduce_range: bool | None = None
-    """Use 7 of the 8 bits of the weights, for x86 processors without VNNI. The default is what this machine needs."""
+    weight_bits: Literal["auto", "7", "8"] = "auto"
+    """Bits of a weight. An x86 processor without VNNI needs 7, others take 8; auto is for this machine.
+    After training for 8 bits, auto is what the training had."""
     keep_float: tuple[str, ...] = ()
     """Names of blocks, e.g. stage1_block1, or head, that stay in float."""
     allowed_loss: float = bounded(0.5, within(0, 100))
@@ -42,6 +44,11 @@ class Int8Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def reduce_range(self) -> bool | None:
+        """Whether weights have 7 bits, or None for what this machine needs."""
+        return None if self.weight_bits == "auto" else self.weight_bits == "7"
 
 
 DEFAULT_INT8 = Int8Settings()
@@ -80,7 +87,7 @@ def export_int8(
     require_int8(opset)
     from repvgg_jax.interop.onnx import to_onnx
     from repvgg_jax.interop.onnx_file import describe_preprocess
-    from repvgg_jax.interop.onnx_int8 import saturates, to_onnx_int8
+    from repvgg_jax.interop.onnx_int8 import to_onnx_int8
 
     deployed = load_deploy(path)
     model, variables, preprocess, _ = deployed
@@ -121,9 +128,10 @@ def export_int8(
     proof = prove(floating, quantized, reference, images.batches(), labelled=images.labelled, prepare=take)
     exported = exported_path(path, "onnx-int8")
     try:
-        proof.check(settings.allowed_loss)
+        proof.check(settings.allowed_loss, trained=ranges is not None)
     except AccuracyLostError as error:
-        raise AccuracyLostError(f"{exported} was not written: {error}") from None
+        older = ". The file of this name there is an older one" if exported.exists() else ""
+        raise AccuracyLostError(f"{exported} was not written: {error}{older}", proof) from None
     written = quantize(graph(corrected)) if with_preprocess else quantized
     describe_preprocess(written, preprocess)
     replace_whole(exported, lambda partial_: partial_.write_bytes(written.SerializeToString()))

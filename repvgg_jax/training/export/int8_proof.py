@@ -27,7 +27,16 @@ _WORST = 3
 
 
 class AccuracyLostError(ValueError):
-    """A network in 8 bits loses more accuracy than is allowed."""
+    """A network in 8 bits loses more accuracy than is allowed, or nothing is proven.
+
+    Args:
+      message: What is lost, and what can be done.
+      proof: The comparison, which has the figures of every layer.
+    """
+
+    def __init__(self, message: str, proof: Int8Proof):
+        super().__init__(message)
+        self.proof = proof
 
 
 class Side(NamedTuple):
@@ -94,11 +103,12 @@ class Int8Proof(NamedTuple):
     def __str__(self) -> str:
         return f"{self.table()}\n\n{self.layer_table()}"
 
-    def check(self, allowed: float) -> None:
+    def check(self, allowed: float, *, trained: bool = False) -> None:
         """Raise an error where more is lost than allowed, or nothing is proven.
 
         Args:
           allowed: Points of accuracy that may be lost.
+          trained: Whether the network was trained for 8 bits already.
 
         Raises:
           AccuracyLostError: If more are. The message names the layers that add most noise, and the remedies.
@@ -106,16 +116,20 @@ class Int8Proof(NamedTuple):
         if not self.spread > _SMALLEST_SPREAD:
             raise AccuracyLostError(
                 f"nothing is proven: the float network answers every image the same, or with NaN (its logits differ by "
-                f"{self.spread:.3g} of the largest); take other images"
+                f"{self.spread:.3g} of the largest); take other images",
+                self,
             )
         if self.lost <= allowed:
             return
         worst = " ".join(self.worst_layers())
+        what = "points of accuracy" if self.labelled else "% of the predictions"
+        longer = "longer " if trained else ""
         raise AccuracyLostError(
-            f"8 bits lose {self.lost:.2f} points of accuracy ({100 * self.floating.accuracy:.2f} % to "
+            f"8 bits lose {self.lost:.2f} {what} ({100 * self.floating.accuracy:.2f} % to "
             f"{100 * self.quantized.accuracy:.2f} %), allowed {allowed:g}. Most noise arises in {worst}: keep these in "
-            f"float (--keep-float {worst}), allow more (--allowed-loss), or train in 8 bits ({command('train')} … "
-            "--quantize-aware)"
+            f"float (--keep-float {worst}), allow more (--allowed-loss), or train {longer}for 8 bits "
+            f"({command('train')} … --quantize-aware)",
+            self,
         )
 
     def worst_layers(self) -> list[str]:
@@ -181,7 +195,10 @@ def prove(
 def _session(graph: Any) -> Any:
     import onnxruntime
 
-    return onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # The threads of a session that waits for its turn would take the cores from the other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _images_per_second(sessions: list[Any], images: np.ndarray) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -209,6 +210,8 @@ def fuse_run(
         calibration = draw_images(dataset.train, preprocess, int8.calibrate)
         images = Int8Images(calibration, batches, labelled=True)
         ranges = state.eval_variables.get("ranges")
+        if ranges is not None and int8.weight_bits == "auto":
+            int8 = dataclasses.replace(int8, weight_bits="7" if config.optimization.weight_bits == 7 else "8")
         proof = export_int8(weights, images, int8, with_preprocess=with_preprocess, opset=opset, ranges=ranges)
         print(f"\n{describe_int8(weights, proof)}")
         add_int8(workdir, proof)

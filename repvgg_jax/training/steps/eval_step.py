@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,9 @@ from repvgg_jax.training.steps.mesh import Batch
 from repvgg_jax.training.steps.quantize_aware import quantized_logits
 
 
-def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(
+    model: RepVGG, normalization: Normalization, mesh: Mesh, *, reduce_range: bool = False
+) -> jax.stages.Wrapped:
     """Build the evaluation step of either form, under `jit`.
 
     Args:
@@ -25,6 +26,7 @@ def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> j
         training for 8 bits, the logits are those in 8 bits.
       normalization: The normalisation of the images.
       mesh: The mesh from `create_mesh`. Its size must divide the batch.
+      reduce_range: Whether weights in 8 bits have 7 of them.
 
     Returns:
       `step(variables, {'image', 'label', 'mask'}) -> {'logits' (batch, classes), 'label', 'mask', 'loss' (sum),
@@ -33,8 +35,11 @@ def make_eval_step(model: RepVGG, normalization: Normalization, mesh: Mesh) -> j
 
     def step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
         images = normalize(batch["image"], *normalization)
-        forward = partial(quantized_logits, model) if "ranges" in variables else partial(model.apply, train=False)
-        logits: Any = forward(variables, images)
+        logits: Any
+        if "ranges" in variables:
+            logits = quantized_logits(model, variables, images, reduce_range=reduce_range)
+        else:
+            logits = model.apply(variables, images, train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         correct = (logits.argmax(-1) == batch["label"]) & batch["mask"]
         return {

@@ -5,7 +5,7 @@ computed, where other implementations compute the branches to find their statist
 running statistics stay as they are.
 
 References:
-  Shin et al., *RepQ*, arXiv:2311.05317. Jacob et al., arXiv:1712.05877, section 3.1, for ranges that follow the
+  Prutianova et al., *RepQ*, arXiv:2311.05317. Jacob et al., arXiv:1712.05877, section 3.1, for ranges that follow the
   batches.
 """
 
@@ -25,21 +25,24 @@ Ranges = Mapping[str, Range]
 _MOMENTUM = 0.99
 
 
-def quantized_logits(model: RepVGG, variables: Any, images: jax.Array) -> jax.Array:
+def quantized_logits(model: RepVGG, variables: Any, images: jax.Array, *, reduce_range: bool = False) -> jax.Array:
     """Compute the logits that a network will have in 8 bits.
 
     Args:
       model: The network in its training form.
       variables: `{'params', 'batch_stats', 'ranges'}`.
       images: Normalised images, `(batch, height, width, channels)`.
+      reduce_range: Whether weights have 7 bits.
 
     Returns:
       The logits, `(batch, num_classes)`.
     """
-    return train_quantized(model, variables, images)[0]
+    return train_quantized(model, variables, images, reduce_range=reduce_range)[0]
 
 
-def train_quantized(model: RepVGG, variables: Any, images: jax.Array) -> tuple[jax.Array, Ranges]:
+def train_quantized(
+    model: RepVGG, variables: Any, images: jax.Array, *, reduce_range: bool = False
+) -> tuple[jax.Array, Ranges]:
     """Compute the logits in 8 bits, and ranges that have moved towards those of these images.
 
     The arguments are those of `quantized_logits`.
@@ -55,7 +58,7 @@ def train_quantized(model: RepVGG, variables: Any, images: jax.Array) -> tuple[j
         moved[name] = Range(*(_move(old, new) for old, new in zip(ranges[name], now, strict=True)))
         return y
 
-    logits = simulate(deploy_model, deployed, images, ranges, watch=watch)
+    logits = simulate(deploy_model, deployed, images, ranges, reduce_range=reduce_range, watch=watch)
     return logits, moved
 
 

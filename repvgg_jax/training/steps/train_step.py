@@ -54,7 +54,7 @@ def make_train_step(
     settings = config.optimization
     # What a batch changes besides the parameters.
     changing = "ranges" if settings.quantize_aware else "batch_stats"
-    loss_fn = partial(_quantized_loss, model) if settings.quantize_aware else partial(_loss, model, settings)
+    loss_fn = partial(_quantized_loss if settings.quantize_aware else _loss, model, settings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -115,10 +115,11 @@ def _loss(
 
 
 def _quantized_loss(
-    model: RepVGG, params: Any, variables: Any, inputs: Batch
+    model: RepVGG, settings: OptimizationConfig, params: Any, variables: Any, inputs: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """Return the loss of the network in 8 bits, with the logits and the ranges after the batch."""
-    logits, ranges = train_quantized(model, {**variables, "params": params}, inputs["image"])
+    variables = {**variables, "params": params}
+    logits, ranges = train_quantized(model, variables, inputs["image"], reduce_range=settings.weight_bits == 7)
     loss = optax.softmax_cross_entropy(logits, inputs["target"]).mean()
     return loss, (logits, {"ranges": ranges})
 

@@ -138,6 +138,13 @@ def test_evaluation_is_in_8_bits():
     np.testing.assert_allclose(found, expected, atol=1.01 * span / 255)
     floating = step({"params": state.params, "batch_stats": state.batch_stats}, shard_batch(test, mesh))["logits"]
     assert np.abs(found - floating).max() > 1e-3
+    reduced = make_eval_step(model, config.data.normalization, mesh, reduce_range=True)
+    of_7_bits = reduced(state.variables, shard_batch(test, mesh))["logits"]
+    expected = jax.jit(lambda v, x, r: simulate(deploy_model, v, x, r, reduce_range=True))(
+        deployed, images, state.ranges
+    )
+    np.testing.assert_allclose(of_7_bits, expected, atol=1.01 * span / 255)
+    assert np.abs(of_7_bits - found).max() > 1.5 * span / 255
 
 
 def test_ranges_have_the_names_of_what_is_measured():

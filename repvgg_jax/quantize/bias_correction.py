@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from repvgg_jax.models import RepVGG
-from repvgg_jax.quantize.equalize import require_plain_deploy_form
-from repvgg_jax.quantize.fake_quantize import simulate
+from repvgg_jax.quantize.equalization import require_plain_deploy_form
 from repvgg_jax.quantize.layers import run_layers
 from repvgg_jax.quantize.ranges import Range
+from repvgg_jax.quantize.simulation import simulate
 
 
 def bias_errors(

@@ -21,7 +21,7 @@ from repvgg_jax.quantize import (
     tensor_ranges,
     widen,
 )
-from repvgg_jax.quantize.fake_quantize import rounded_activations
+from repvgg_jax.quantize.simulation import rounded_activations
 from tests.random_variables import random_variables
 
 SMALL = dict(num_classes=5, depths=(1, 2, 1, 1), width_multiplier=(0.25, 0.125, 0.125, 0.0625), strides=(1, 1, 2, 2, 1))

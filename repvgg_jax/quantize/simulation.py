@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG
-from repvgg_jax.quantize.equalize import require_plain_deploy_form
+from repvgg_jax.quantize.equalization import require_plain_deploy_form
 from repvgg_jax.quantize.layers import Change, run_layers
 from repvgg_jax.quantize.ranges import Range
 

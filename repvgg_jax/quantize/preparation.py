@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG
 from repvgg_jax.ops import compiler_options
-from repvgg_jax.quantize.correct_biases import bias_errors, correct_biases
-from repvgg_jax.quantize.equalize import equalize, require_plain_deploy_form
+from repvgg_jax.quantize.bias_correction import bias_errors, correct_biases
+from repvgg_jax.quantize.equalization import equalize, require_plain_deploy_form
+from repvgg_jax.quantize.processor import saturates
 from repvgg_jax.quantize.ranges import activation_ranges, tensor_ranges, widen
 
 _BATCH = 64
@@ -37,7 +38,7 @@ def prepare(
     *,
     equal_channels: bool = True,
     corrected_biases: bool = True,
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
     keep_float: Sequence[str] = (),
 ) -> Prepared:
     """Make a deploy form ready for 8 bits.
@@ -51,7 +52,7 @@ def prepare(
         computed in batches of 64; of more than 64, an incomplete last batch corrects no bias.
       equal_channels: Whether to make channels alike.
       corrected_biases: Whether to correct biases.
-      reduce_range: Whether the kernels will have 7 of 8 bits.
+      reduce_range: Whether the kernels will have 7 of 8 bits. The default is what the processor at hand needs.
       keep_float: Names of blocks, or 'head', that will stay in float.
 
     Returns:
@@ -71,6 +72,7 @@ def prepare(
         return Prepared(equal, equal)
     ranges = _over(partial(tensor_ranges, model), images, widen, equal)
     whole = images[: len(images) // _BATCH * _BATCH] if len(images) > _BATCH else images
+    reduce_range = saturates() if reduce_range is None else reduce_range
     measure = partial(bias_errors, model, reduce_range=reduce_range, keep_float=keep_float)
     sums = _over(measure, whole, partial(jax.tree.map, jnp.add), equal, ranges)
     batches = -(-len(whole) // _BATCH)
