@@ -98,7 +98,7 @@ def test_unequal_channels_lose_everything_per_tensor_and_equalizing_brings_it_ba
 
 def test_what_is_kept_in_float_is_named_by_its_layer(tmp_path):
     assert list(layer_nodes(graph())) == [*(block.name for block in deployed()[0].blocks), "head"]
-    kept = ["stem", "stage2_block1", "stage2_block2", "head"]
+    kept = ["stage1_block1", "stage2_block2", "stage4_block1", "head"]
     quantized = to_onnx_int8(graph(), IMAGES, keep_float=kept)
     onnx.checker.check_model(quantized)
     counts = optimized(quantized, tmp_path)
@@ -108,8 +108,9 @@ def test_what_is_kept_in_float_is_named_by_its_layer(tmp_path):
     plain = onnxruntime.SessionOptions()
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     literal = onnxruntime.InferenceSession(quantized.SerializeToString(), plain, providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(run(quantized), literal.run(None, {"images": TEST})[0], atol=0.02)
-    assert quantized.metadata_props[0].value.endswith("stem stage2_block1 stage2_block2 head in float")
+    differences = np.abs(run(quantized) - literal.run(None, {"images": TEST})[0])
+    assert (differences > 1e-3).mean() < 0.02  # sums that lie between two steps round to either
+    assert quantized.metadata_props[0].value.endswith("stage1_block1 stage2_block2 stage4_block1 head in float")
     with pytest.raises(ValueError, match=r"keep_float has stage9_block1: expected some of stem, .*, head"):
         to_onnx_int8(graph(), IMAGES, keep_float=["stage9_block1"])
 
