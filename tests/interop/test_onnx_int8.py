@@ -109,7 +109,7 @@ def test_what_is_kept_in_float_is_named_by_its_layer(tmp_path):
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     literal = onnxruntime.InferenceSession(quantized.SerializeToString(), plain, providers=["CPUExecutionProvider"])
     differences = np.abs(run(quantized) - literal.run(None, {"images": TEST})[0])
-    assert (differences > 1e-3).mean() < 0.02  # sums that lie between two steps round to either
+    assert np.median(differences) < 1e-4  # sums that lie between two steps round to either
     assert quantized.metadata_props[0].value.endswith("stage1_block1 stage2_block2 stage4_block1 head in float")
     with pytest.raises(ValueError, match=r"keep_float has stage9_block1: expected some of stem, .*, head"):
         to_onnx_int8(graph(), IMAGES, keep_float=["stage9_block1"])
