@@ -10,6 +10,7 @@ import pytest
 from repvgg_jax import create_model, fuse, fuse_model, reparameterize
 from repvgg_jax.models import reopen_model
 from repvgg_jax.preprocess import Normalization
+from repvgg_jax.quantize import activation_ranges, bias_errors, equalize, simulate, tensor_ranges
 from repvgg_jax.reparam import equivalent_kernels
 from repvgg_jax.training.config import AugmentationConfig
 from repvgg_jax.training.start.near_identity import residual_start
@@ -90,3 +91,25 @@ def test_images_are_augmented(channels):
     for each in (config, dataclasses.replace(config, alternate_flip=True)):
         settings = dict(config=each, normalization=normalization, num_classes=5, seed=0, epoch=0)
         jax.eval_shape(partial(augment, **settings), jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("variant", ["repvgg_a0", "repvgg_b1g4"])
+def test_a_network_is_prepared_for_8_bits_and_simulated_in_them(variant):
+    model, variables = small(variant, deploy=True), jax.eval_shape(fuse, variables_of(small(variant)))
+    largest = jax.eval_shape(partial(activation_ranges, model), variables, IMAGES)
+    jax.eval_shape(lambda v, largest: equalize(model, v, ranges=largest), variables, largest)
+    jax.eval_shape(partial(equalize, model), variables)
+    ranges = jax.eval_shape(partial(tensor_ranges, model), variables, IMAGES)
+    jax.eval_shape(partial(simulate, model), variables, IMAGES, ranges)
+    jax.eval_shape(partial(bias_errors, model), variables, IMAGES, ranges)
+
+
+def test_quantizable_blocks_are_trained_fused_and_opened_again():
+    model = small(block="quantizable")
+    variables = variables_of(model)
+    jax.eval_shape(partial(model.apply, train=True, mutable=["batch_stats"]), variables, IMAGES)
+    deployed = jax.eval_shape(fuse, variables)
+    opened = partial(reopen_model, model.clone(deploy=True), key=jax.random.key(0))
+    jax.eval_shape(lambda v, x: opened(v, x)[1], deployed, IMAGES)
+    jax.eval_shape(partial(residual_start, scale=0.25), variables)
+    jax.eval_shape(whiten_stem, variables, IMAGES)

@@ -115,7 +115,7 @@ def require_deploy_form(model: RepVGG) -> None:
 
 def _open(params: Tree, batch_stats: Tree, fused: Tree, output: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
     """Return the branches of one block and their statistics; `output` is what the fused convolution computes."""
-    norm, statistics = _silent_norm(output - fused["bias"], fused["bias"], epsilon)
+    norm, statistics = _silent_norm(output, fused["bias"], fused["bias"], epsilon)
     branch = {"conv": {"kernel": fused["kernel"]}, "bn": norm}
     pointwise = params["branch_1x1"]
     opened = {
@@ -132,15 +132,15 @@ def _open_quantizable(
     params: Tree, batch_stats: Tree, fused: Tree, read: jax.Array, output: jax.Array, epsilon: float
 ) -> tuple[Tree, Tree]:
     """Return the branches of one quantizable block and their statistics; `read` is the input of the block."""
-    kernel, branch = fused["kernel"], output - fused["bias"]
+    kernel, bias, branch = fused["kernel"], fused["bias"], output
     (name,) = [norm for norm in SUM_NORMS if norm in params]
     if name == "bn_with_identity":
         # The input is in the sum already: the 3×3 branch is what the kernel does beside passing it.
         groups = kernel.shape[3] // kernel.shape[2]
         passing = identity_kernel(kernel.shape[3], groups=groups, size=kernel.shape[:2])
         kernel, branch = kernel - passing.astype(kernel.dtype), branch - read
-    inner, inner_statistics = _silent_norm(branch, jnp.zeros_like(fused["bias"]), epsilon)
-    outer, outer_statistics = _silent_norm(output - fused["bias"], fused["bias"], epsilon)
+    inner, inner_statistics = _silent_norm(branch, bias, jnp.zeros_like(bias), epsilon)
+    outer, outer_statistics = _silent_norm(output, bias, bias, epsilon)
     opened = {
         "branch_3x3": {"conv": {"kernel": kernel}, "bn": inner},
         "branch_1x1": {"kernel": jnp.zeros_like(params["branch_1x1"]["kernel"])},
@@ -149,9 +149,9 @@ def _open_quantizable(
     return opened, {**batch_stats, "branch_3x3": {"bn": inner_statistics}, name: outer_statistics}
 
 
-def _silent_norm(read: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
-    """Return a batch norm that adds `bias` and does nothing else to `read`, and its statistics."""
-    read = read.astype(jnp.promote_types(bias.dtype, jnp.float32))
-    mean, var = read.mean((0, 1, 2)), read.var((0, 1, 2))
+def _silent_norm(x: jax.Array, offset: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Tree, Tree]:
+    """Return a batch norm that adds `bias` to `x` without its `offset`, and does nothing else; and its statistics."""
+    x = x.astype(jnp.promote_types(bias.dtype, jnp.float32))
+    mean, var = x.mean((0, 1, 2)) - offset, x.var((0, 1, 2))
     norm = {"scale": jnp.sqrt(var + epsilon).astype(bias.dtype), "bias": (bias + mean).astype(bias.dtype)}
     return norm, {"mean": mean.astype(bias.dtype), "var": var.astype(bias.dtype)}

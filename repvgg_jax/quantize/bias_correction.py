@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from repvgg_jax.models import RepVGG
 from repvgg_jax.quantize.equalization import require_plain_deploy_form
@@ -63,7 +64,7 @@ def bias_errors(
 
     def correct(name: str, y: jax.Array) -> jax.Array:
         errors[name] = mean(y) - means[name]
-        return y - errors[name]
+        return y - jnp.expand_dims(errors[name], range(y.ndim - 1))
 
     run_layers(model, variables, images, sum_=watch)
     simulate(model, variables, images, ranges, reduce_range=reduce_range, keep_float=keep_float, sum_=correct)

@@ -70,7 +70,7 @@ def equalize(
         node = params[name]
         bias = node["reparam"]["bias"]
         scaled = {
-            "kernel": (_scale_inputs(kernel, read, group) / write).astype(kernel.dtype),
+            "kernel": (_scale_inputs(kernel, read, group) / write[None, None, None]).astype(kernel.dtype),
             "bias": (_wide(bias) / write).astype(bias.dtype),
         }
         equal[name] = {**node, "reparam": {**node["reparam"], **scaled}}
@@ -98,7 +98,7 @@ def _balance(largest: list[jax.Array], written: list[jax.Array] | None) -> list[
     def sweep(_: int, scales: list[jax.Array]) -> list[jax.Array]:
         scales = list(scales)
         for i in between:
-            following = largest[i + 1] / scales[i + 1] if i + 1 < len(scales) else largest[i + 1]
+            following = largest[i + 1] / scales[i + 1][None] if i + 1 < len(scales) else largest[i + 1]
             read = following.max(1)
             if written is None:
                 before = largest[i] * scales[i - 1][:, None] if i else largest[i]
@@ -128,7 +128,7 @@ def _scale_inputs(kernel: jax.Array, scale: jax.Array, groups: int) -> jax.Array
     """A kernel whose input channels are multiplied by a scale."""
     height, width, inputs, outputs = kernel.shape
     grouped = _wide(kernel).reshape(height, width, inputs, groups, outputs // groups)
-    return (grouped * scale.reshape(groups, inputs).T[:, :, None]).reshape(kernel.shape)
+    return (grouped * scale.reshape(groups, inputs).T[None, None, :, :, None]).reshape(kernel.shape)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -106,7 +106,9 @@ def train(tmp_path, monkeypatch):
             return CountingStep(each, loss, clock)
 
         monkeypatch.setattr(loop, "make_train_step", make_train_step)
-        monkeypatch.setattr(loop, "make_eval_step", lambda _, *settings: make_eval_step(FirstPixels(), *settings))
+        monkeypatch.setattr(
+            loop, "make_eval_step", lambda _, *settings, **bits: make_eval_step(FirstPixels(), *settings, **bits)
+        )
         monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(clock[0])))
         monkeypatch.setattr(Pictures, "draw", lambda *_: None)
         checkpoints = Saved(restored)

@@ -225,8 +225,7 @@ class OptimizationConfig:
     ema_decay: float = bounded(0.0, below(0, 1))
     """Decay per step of a moving average of the variables, which is evaluated and fused. 0 switches it off."""
     quantize_aware: bool = False
-    """Train for 8 bits: losses and accuracies are those of the deploy form with rounded numbers.
-    Rates are a hundredth of those given. It needs init_from."""
+    """Train for 8 bits, from init_from: figures are those of rounded numbers, rates a hundredth of those given."""
     weight_bits: Literal[7, 8] = 8
     """Bits of a weight that quantize_aware trains for: 7 for x86 processors without VNNI, 8 for others."""
     auxiliary_weight: float = bounded(0.1, at_least(0))

@@ -101,7 +101,7 @@ def finish(
       config: The settings of the run.
       data: The data of the run.
       model: The network in its training form.
-      variables: Its variables. Of several collections, 'params' and 'batch_stats' are taken.
+      variables: Its variables.
       mesh: The mesh of the run.
       check_only: Whether to write nothing.
 
@@ -113,7 +113,6 @@ def finish(
       OSError: If the weights or the report could not be written. What is whole is named.
     """
     dataset, normalization = data
-    variables = {name: variables[name] for name in ("params", "batch_stats")}
     deploy_model, deploy_variables, comparison = fuse_and_compare(
         model, variables, lambda: evaluation_batches(config.data, dataset), normalization, mesh
     )
