@@ -233,6 +233,7 @@ class OptimizationConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        require(self, "weight_bits", self.quantize_aware or self.weight_bits == 8, "8 without quantize_aware")
         divides = self.batch_size % self.accumulate_steps == 0
         require(self, "accumulate_steps", divides, f"a divisor of batch_size (={self.batch_size})")
 

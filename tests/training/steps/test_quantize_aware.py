@@ -157,5 +157,7 @@ def test_ranges_have_the_names_of_what_is_measured():
 def test_what_cannot_be_trained_for_8_bits_is_refused():
     with pytest.raises(ValueError, match="quantize_aware is True: expected init_from as well"):
         CONFIG.replace(init_from=None)
+    with pytest.raises(ValueError, match="weight_bits is 7: expected 8 without quantize_aware"):
+        CONFIG.replace(quantize_aware=False, weight_bits=7)
     with pytest.raises(ValueError, match="squeeze_excite is 'before_relu': expected None, a plain variant"):
         CONFIG.replace(variant="repvgg_d2se", depths=None, width_multiplier=None)
