@@ -33,6 +33,13 @@ MAY_IMPORT = {
 # `python -m repvgg_jax.predict` is a command, like train.py.
 SCRIPTS = {PACKAGE / "predict" / "__main__.py"}
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "matplotlib", "torch", "sklearn", "tensorboardX")
+# What the extras that the package itself uses bring, and the modules that are nothing without them.
+EXTRAS = ("flatbuffers", "huggingface_hub", "onnx", "onnxruntime", "qwix")
+NEED_ONNX = ("onnx", "onnx_file", "onnx_int8")
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 def part(path):
@@ -84,6 +91,24 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_all_but_the_onnx_files_is_imported_without_any_extra():
+    code = f"""
+import importlib, sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # so that importing it fails, as where it is not installed
+without = []
+for name in {[module_name(path) for path in FILES]!r}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert "needs the extra" in str(error) or "need the extra" in str(error), (name, error)
+        without.append(name)
+print(sorted(without))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(result.stdout) == [f"repvgg_jax.interop.{name}" for name in NEED_ONNX]
 
 
 def test_a_command_settles_its_process_before_it_loads_jax():

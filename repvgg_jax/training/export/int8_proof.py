@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from repvgg_jax.interop.onnx import require_runtime
-from repvgg_jax.interop.onnx_int8 import layer_nodes
 from repvgg_jax.invocation import command
 from repvgg_jax.reparam import Agreement, agreement
 from repvgg_jax.training.steps.mesh import Batch
@@ -162,6 +160,8 @@ def prove(
     Returns:
       The comparison.
     """
+    from repvgg_jax.interop.onnx import require_runtime
+
     require_runtime()
     sessions = [_session(graph) for graph in (floating, quantized)]
     logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
@@ -214,6 +214,8 @@ def _images_per_second(sessions: list[Any], images: np.ndarray) -> list[float]:
 
 
 def _layers(reference: Any, quantized: Any, images: np.ndarray) -> dict[str, float]:
+    from repvgg_jax.interop.onnx_int8 import layer_nodes
+
     expected, found = (_activations(graph, images) for graph in (reference, quantized))
     decibels = {}
     for name, nodes in layer_nodes(reference).items():
