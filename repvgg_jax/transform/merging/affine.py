@@ -11,26 +11,9 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from repvgg_jax.transform.merging.reading.constants import Constant
+from repvgg_jax.transform.windows import Window
 
 Node = int
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """How a convolution reads its source; one entry for each spatial dimension."""
-
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    source_dilation: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    batch_groups: int
-    source_axes: tuple[int, ...]
-    """Batch axis, channel axis and spatial axes of the source."""
-    axes: tuple[int, ...]
-    """Batch axis, channel axis and spatial axes of the result."""
-    precision: Any
-    preferred: Any
 
 
 @dataclasses.dataclass(frozen=True)

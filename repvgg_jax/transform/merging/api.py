@@ -14,6 +14,7 @@ from repvgg_jax.transform.merging.program import Program
 from repvgg_jax.transform.merging.reading.constants import Constant
 from repvgg_jax.transform.merging.reading.interpreter import interpret
 from repvgg_jax.transform.merging.report import Change, describe, totals
+from repvgg_jax.transform.tracing import abstract, signature
 
 
 class Reparameterized:
@@ -41,7 +42,7 @@ class Reparameterized:
                 "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
             )
         self._function, self._convolution, self._fewest = function, convolution, fewest
-        self._variables = list(map(_abstract, leaves))
+        self._variables = list(map(abstract, leaves))
         self._programs: dict[Any, tuple[Program, Any]] = {}
         self._first, _ = self._program(inputs, leaves)
         self.params = {name: jax.device_put(value) for name, value in self._first.take_parameters().items()}
@@ -98,10 +99,8 @@ class Reparameterized:
         The values of the variables are needed for the first program alone.
         """
         flat, tree = jax.tree.flatten(tuple(inputs))
-        avals = tuple(map(_abstract, flat))
-        # What is traced depends on these two settings, too.
-        settings = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64  # type: ignore[attr-defined]
-        key = (tree, settings, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals))
+        avals = tuple(map(abstract, flat))
+        key = signature(tree, avals)
         if key not in self._programs:
             program, structure = self._interpret(tree, avals, leaves)
             if leaves is None:
@@ -140,11 +139,6 @@ class Reparameterized:
         constants = [constant(index, aval) for index, aval in enumerate(self._variables)]
         program = interpret(closed, constants, convolution=self._convolution, fewest=self._fewest)
         return program, jax.tree.structure(shapes)
-
-
-def _abstract(leaf: Any) -> Any:
-    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def reparameterize(

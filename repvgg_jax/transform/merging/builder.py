@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from repvgg_jax.transform.equations import bind, convolutions, multiply_adds
 from repvgg_jax.transform.merging.affine import Affine, Node, PooledApart, Term, View, is_one, ones
 from repvgg_jax.transform.merging.compose import COSTLY
 from repvgg_jax.transform.merging.merge import merge
@@ -26,7 +27,6 @@ from repvgg_jax.transform.merging.program import (
     convolve,
 )
 from repvgg_jax.transform.merging.reading.constants import Constant
-from repvgg_jax.transform.merging.reading.equations import bind, convolutions, multiply_adds
 
 
 class Builder:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repvgg_jax.transform.merging.affine import Affine, ConvolvedApart, Term, Window, is_one
+from repvgg_jax.transform.merging.affine import Affine, ConvolvedApart, Term, is_one
 from repvgg_jax.transform.merging.merge import merge
 from repvgg_jax.transform.merging.reading.constants import Constant
+from repvgg_jax.transform.windows import Window
 
 
 class Refusal(NamedTuple):

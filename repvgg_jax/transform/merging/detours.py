@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from repvgg_jax.transform.merging.reading.equations import aval, result_aval
+from repvgg_jax.transform.equations import aval, result_aval
 
 _RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from repvgg_jax.reparam.kernels import identity_kernel
-from repvgg_jax.transform.merging.affine import Affine, Term, Window
+from repvgg_jax.transform.merging.affine import Affine, Term
 from repvgg_jax.transform.merging.reading.constants import Constant
+from repvgg_jax.transform.windows import Window
 
 
 def merge(affine: Affine, fewest: bool) -> tuple[list[Term], Constant | None]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from repvgg_jax.transform.merging.affine import Node, Window
+from repvgg_jax.transform.merging.affine import Node
 from repvgg_jax.transform.merging.reading.constants import Constant, is_key
+from repvgg_jax.transform.windows import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +113,9 @@ class Program:
 
 def convolve(window: Window, convolution: Callable[..., jax.Array]) -> Callable[..., Sequence[jax.Array]]:
     """Return the step of a convolution: a function of source, kernel and, perhaps, bias."""
-    spatial = len(window.strides)
-    numbers = lax.ConvDimensionNumbers(window.source_axes, (spatial + 1, spatial, *range(spatial)), window.axes)
 
     def run(source: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> Sequence[jax.Array]:
-        y = convolution(
-            source,
-            kernel,
-            window_strides=window.strides,
-            padding=window.padding,
-            lhs_dilation=window.source_dilation,
-            rhs_dilation=window.dilation,
-            dimension_numbers=numbers,
-            feature_group_count=window.groups,
-            batch_group_count=window.batch_groups,
-            precision=window.precision,
-            preferred_element_type=window.preferred,
-        )
+        y = window.convolve(convolution, source, kernel)
         if bias is None:
             return [y]
         shape = [1] * y.ndim

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from repvgg_jax.transform.equations import aval, bind, result_aval
 from repvgg_jax.transform.merging.reading.constants import Constant, is_key, is_static
-from repvgg_jax.transform.merging.reading.equations import aval, bind, result_aval
 
 # Elementwise: one value of each operand makes one value of the result. Continuous ones, and then steps.
 _CONTINUOUS = [

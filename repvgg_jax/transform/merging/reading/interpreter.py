@@ -12,12 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from repvgg_jax.transform.merging.affine import Affine
-from repvgg_jax.transform.merging.builder import Builder
-from repvgg_jax.transform.merging.detours import without_detours
-from repvgg_jax.transform.merging.program import Operand, Program
-from repvgg_jax.transform.merging.reading.constants import Constant, is_key
-from repvgg_jax.transform.merging.reading.equations import (
+from repvgg_jax.transform.equations import (
     aval,
     called,
     convolutions,
@@ -26,6 +21,11 @@ from repvgg_jax.transform.merging.reading.equations import (
     sums_images,
     within,
 )
+from repvgg_jax.transform.merging.affine import Affine
+from repvgg_jax.transform.merging.builder import Builder
+from repvgg_jax.transform.merging.detours import without_detours
+from repvgg_jax.transform.merging.program import Operand, Program
+from repvgg_jax.transform.merging.reading.constants import Constant, is_key
 from repvgg_jax.transform.merging.reading.evaluate import can_evaluate, evaluate
 from repvgg_jax.transform.merging.reading.primitives import ELEMENTWISE, WINDOWED, Value
 

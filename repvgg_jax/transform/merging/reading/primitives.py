@@ -35,11 +35,12 @@ import jax
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from repvgg_jax.transform.merging.affine import Affine, PooledApart, Term, View, Window, ones
+from repvgg_jax.transform.equations import result_aval
+from repvgg_jax.transform.merging.affine import Affine, PooledApart, Term, View, ones
 from repvgg_jax.transform.merging.builder import Builder
 from repvgg_jax.transform.merging.compose import Refusal, compose, reads_between, scale_before
 from repvgg_jax.transform.merging.reading.constants import Constant, is_static
-from repvgg_jax.transform.merging.reading.equations import result_aval
+from repvgg_jax.transform.windows import Window, kernel_order, read_window
 
 Value = Constant | Affine
 
@@ -60,28 +61,14 @@ def _convolution(builder: Builder, equation: JaxprEqn, source: Value, kernel: Va
 
 def _term(kernel: Constant, params: dict[str, Any]) -> Term:
     """Return a convolution as a term, with the axes of its kernel in our order."""
-    numbers = params["dimension_numbers"]
-    out, within, *spatial = numbers.rhs_spec
-    order = (*spatial, within, out)
+    order = kernel_order(params)
     ordered = kernel.map(
         "transpose",
         lambda value: np.broadcast_to(value, kernel.shape).transpose(order),
         shape=tuple(kernel.shape[axis] for axis in order),
         static=order,
     )
-    window = Window(
-        strides=tuple(params["window_strides"]),
-        padding=_whole(params["padding"]),
-        source_dilation=tuple(params["lhs_dilation"]),
-        dilation=tuple(params["rhs_dilation"]),
-        groups=params["feature_group_count"],
-        batch_groups=params["batch_group_count"],
-        source_axes=tuple(numbers.lhs_spec),
-        axes=tuple(numbers.out_spec),
-        precision=params["precision"],
-        preferred=params["preferred_element_type"],
-    )
-    return Term(ordered, window)
+    return Term(ordered, read_window(params))
 
 
 def _taken_in(builder: Builder, source: Affine, term: Term) -> Term | None:

@@ -32,15 +32,21 @@ def bind(equation: JaxprEqn, values: Sequence[jax.Array], parameters: dict[str, 
     return results if primitive.multiple_results else [results]
 
 
-def called(equation: JaxprEqn) -> ClosedJaxpr | None:
-    """Return the closed jaxpr that an equation does no more than call; None for other equations."""
+def body(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Return the closed jaxpr that an equation computes by no more than calling it; None for other equations."""
     name, params = equation.primitive.name, equation.params
     if name in _CALLS or name in _CUSTOM_GRADIENTS:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-        inner = inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
-        # A gradient of its own would be lost; that of a convolution is the convolution's.
-        return inner if name in _CALLS or _convolves(inner.jaxpr) else None
+        return inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
     return _default_branch(equation)
+
+
+def called(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Return the closed jaxpr that can stand in the place of an equation; None for other equations."""
+    inner = body(equation)
+    # A gradient of its own would be lost; that of a convolution is the convolution's.
+    lost = inner is not None and equation.primitive.name in _CUSTOM_GRADIENTS and not _convolves(inner.jaxpr)
+    return None if lost else inner
 
 
 def _default_branch(equation: JaxprEqn) -> ClosedJaxpr | None:
