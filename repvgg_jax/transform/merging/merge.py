@@ -69,10 +69,6 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
         return None
     if a.batch_groups != 1 or a.source_dilation != b.source_dilation:
         return None
-    if any(step != 1 for step in a.source_dilation) and (a.padding, a.dilation, left.size) != (
-        b.padding, b.dilation, right.size,
-    ):  # fmt: skip
-        return None
     sizes, padding, dilations, places = [], [], [], []
     for axis, (n, m) in enumerate(zip(left.size, right.size, strict=True)):
         # A kernel of one tap has any dilation.
@@ -104,7 +100,8 @@ def _union(left: Term, right: Term, affine: Affine) -> Term | None:
 def _high(affine: Affine, window: Window, axis: int, low: int, reach: int) -> int:
     """Return the padding behind the source for as many windows as there are; none, if that gives as many."""
     outputs, stride = affine.aval.shape[window.axes[2 + axis]], window.strides[axis]
-    length = affine.source_shape[window.source_axes[2 + axis]]
+    # Zeros stand between the pixels of the source of a transposed convolution.
+    length = (affine.source_shape[window.source_axes[2 + axis]] - 1) * window.source_dilation[axis] + 1
     least = (outputs - 1) * stride - low + reach - (length - 1)
     return max(least, min(0, least + stride - 1))
 
