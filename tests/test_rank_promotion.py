@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from repvgg_jax import create_model, fuse, fuse_model, reparameterize
+from repvgg_jax import create_model, expand, fuse, fuse_model, reparameterize
 from repvgg_jax.models import reopen_model
 from repvgg_jax.preprocess import Normalization
 from repvgg_jax.quantize import activation_ranges, bias_errors, equalize, simulate, tensor_ranges
@@ -70,6 +70,25 @@ def test_a_network_is_fused_reparameterized_and_opened_again():
     jax.eval_shape(merged, merged.params, IMAGES)
     reopen = partial(reopen_model, deploy_model, key=jax.random.key(0))
     jax.eval_shape(lambda *arguments: reopen(*arguments)[1], deploy_variables, IMAGES)
+
+
+@pytest.mark.parametrize("branches", ["repvgg", "acnet", "dbb", "mobileone"])
+def test_a_function_is_expanded_trained_and_collapsed(branches):
+    kernels = {"full": (3, 3, 3, 8), "deep": (3, 3, 1, 8)}
+    variables = {name: jnp.ones(shape) for name, shape in kernels.items()}
+
+    def function(v, x):
+        for name, groups in (("full", 1), ("deep", 8)):
+            x = jax.lax.conv_general_dilated(
+                x, v[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+            )
+        return x
+
+    for norms in (True, False):
+        wide = expand(function, variables, IMAGES, branches=branches, norms=norms)
+        loss = lambda params, wide=wide: wide(params, wide.state, jnp.ones(IMAGES.shape), train=True)[0].sum()  # noqa: E731
+        jax.eval_shape(jax.grad(loss), wide.params)
+        jax.eval_shape(wide.collapse, wide.params, wide.state)
 
 
 def test_training_starts_whitened_and_near_the_identity():

@@ -43,7 +43,8 @@ def _shifted(x: jax.Array, window: Window, kernel_shape: Shape, outputs: tuple[i
 def forward(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """Sum over the taps. The sum is written to memory, since each of several readers would compute it anew."""
     taps = _shifted(x, window, kernel.shape, window.output_size(x.shape, kernel.shape))
-    weighted = [tap * weight for tap, weight in zip(taps, kernel.reshape(-1, kernel.shape[3]), strict=True)]
+    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[3])  # in the rank of the images
+    weighted = [tap * weight for tap, weight in zip(taps, weights, strict=True)]
     return materialize(sum(weighted[1:], weighted[0]))
 
 

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repvgg_jax.transform.expanding.branches import Branch, Kernel, Params, Step, by_channel, steps
+from repvgg_jax.transform.expanding.branches import Branch, Kernel, Params, by_channel
 from repvgg_jax.transform.expanding.places import Place, composed
 from repvgg_jax.transform.expanding.reading import Found
+from repvgg_jax.transform.expanding.steps import Step, steps
 
+Init = Literal["same", "published"]
 Named = dict[str, Params]
 """Arrays by the name of a step and then their own: 'kernel', 'gain' and 'scale', or 'var'."""
 
@@ -58,7 +60,7 @@ class Branched:
         """Names of the branches."""
         return [branch[0].name.split("/")[0] for branch in self.branches]
 
-    def create(self, key: jax.Array, init: Literal["same", "published"], dtype: Any) -> tuple[Named, Named]:
+    def create(self, key: jax.Array, init: Init, dtype: Any) -> tuple[Named, Named]:
         """Return parameters and state to begin with.
 
         With the init "same" all branches but the kernel's begin at zero. With norms, the gain of the kernel's branch

@@ -222,7 +222,7 @@ class _Reading:
             window=read_window(params),
             dtype=kernel.dtype,
             result_dtype=aval(written.equation.outvars[0]).dtype,
-            shift=self._shift(result, kernel.shape[order[-1]]) or "nothing",
+            shift=self._shift(result, params["dimension_numbers"].out_spec[1]) or "nothing",
         )
 
     def _kernels_inside(self, written: _Written) -> list[int]:
@@ -233,28 +233,54 @@ class _Reading:
             if each in self.origins and len(self.avals[self.origins[each][0]].shape) > 2
         ]
 
-    def _shift(self, value: int, channels: int) -> str | None:
+    def _shift(self, value: int, channel: int) -> str | None:
         """Return what shifts each channel of a value before anything else is done with it."""
         found = set()
         for written in self.consumers[value]:
             name = written.equation.primitive.name
             if _moves(written.equation):
-                found.add(self._shift(written.results[0], channels))
+                moved = _carried(written.equation, {channel})
+                if moved is not None and len(moved) == 1:
+                    found.add(self._shift(written.results[0], *moved))
                 continue
             others = [each for each in written.operands if each != value]
-            if len(written.operands) != 2 or not all(self._is_of_channels(each, channels) for each in others):
+            if name not in (*_SHIFTS, *_SCALES) or len(others) != 1 or not self._varying(others[0]) <= {channel}:
                 continue
-            if name in _SHIFTS and others and others[0] is not None:
+            if name in _SCALES:
+                found.add(self._shift(written.results[0], channel))
+            elif others[0] is not None:
                 found.add("bias" if name != "sub" and self.sources.get(others[0]) is not None else "batch norm")
-            elif name in _SCALES:
-                found.add(self._shift(written.results[0], channels))
         return next((shift for shift in ("batch norm", "bias") if shift in found), None)
 
-    def _is_of_channels(self, value: int | None, channels: int) -> bool:
-        """Whether a value has one number for each channel, or one for all."""
-        while value in self.producers and self.producers[value].equation.primitive.name in _MOVES:
-            (value,) = self.producers[value].operands
-        return value is None or self.avals[value].size <= channels
+    def _varying(self, value: int | None) -> set[int]:
+        """Return the axes along which the elements of a value can differ."""
+        if value is None:
+            return set()
+        sizes = {axis for axis, size in enumerate(self.avals[value].shape) if size != 1}
+        written = self.producers.get(value)
+        if written is None:
+            return sizes
+        name = written.equation.primitive.name
+        if name in (*_SHIFTS, *_SCALES, "neg"):
+            return sizes & set().union(*map(self._varying, written.operands))
+        carried = _carried(written.equation, self._varying(written.operands[0])) if name in _MOVES else None
+        return sizes if carried is None else carried
+
+
+def _carried(equation: JaxprEqn, axes: set[int]) -> set[int] | None:
+    """Return where an equation puts axes of its operand; None where it cuts them up."""
+    name, params = equation.primitive.name, equation.params
+    before, after = (aval(each).shape for each in (equation.invars[0], equation.outvars[0]))
+    if name == "transpose":
+        return {params["permutation"].index(axis) for axis in axes}
+    if name == "broadcast_in_dim":
+        return {params["broadcast_dimensions"][axis] for axis in axes}
+    if name in _IN_PLACE or name == "rev":
+        return set(axes)
+    long_before, long_after = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (before, after))
+    if [before[axis] for axis in long_before] != [after[axis] for axis in long_after]:
+        return None
+    return {place for axis, place in zip(long_before, long_after, strict=True) if axis in axes}
 
 
 def _moves(equation: JaxprEqn) -> bool:

@@ -41,4 +41,5 @@ def describe(expanded: Sequence[Branched], left: Sequence[tuple[str, str]], elem
 
 
 def _some(names: Sequence[str]) -> str:
+    names = list(dict.fromkeys(name or "a convolution" for name in names))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

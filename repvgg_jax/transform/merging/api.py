@@ -14,7 +14,7 @@ from repvgg_jax.transform.merging.program import Program
 from repvgg_jax.transform.merging.reading.constants import Constant
 from repvgg_jax.transform.merging.reading.interpreter import interpret
 from repvgg_jax.transform.merging.report import Change, describe, totals
-from repvgg_jax.transform.tracing import abstract, signature
+from repvgg_jax.transform.tracing import abstract, require_arrays, signature
 
 
 class Reparameterized:
@@ -35,12 +35,7 @@ class Reparameterized:
         fewest: bool,
     ):
         leaves, self._structure = jax.tree.flatten(variables)
-        traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
-        if traced:
-            raise ValueError(
-                f"{len(traced)} of {len(leaves)} variables are tracers: the fold is computed once, in float64 on the "
-                "host; call reparameterize outside of jit, vmap and grad, and what it returns inside"
-            )
+        require_arrays(leaves, "reparameterize", "the fold is computed once, in float64 on the host")
         self._function, self._convolution, self._fewest = function, convolution, fewest
         self._variables = list(map(abstract, leaves))
         self._programs: dict[Any, tuple[Program, Any]] = {}

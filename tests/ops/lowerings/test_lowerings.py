@@ -130,6 +130,19 @@ def test_a_lowering_supports_what_it_says_and_no_more(name):
         assert LOWERINGS[name].supports(*case) is expected, case
 
 
+@pytest.mark.parametrize("name", LOWERINGS)
+def test_a_lowering_promotes_no_ranks(name):
+    lowering = LOWERINGS[name]
+    for image, kernel, window, expected in WINOGRAD if "winograd" in name else SUPPORTS[name]:
+        if not expected:
+            continue
+        x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (image, kernel))
+        with jax.numpy_rank_promotion("raise"):
+            dy = jax.eval_shape(partial(lowering.forward, window=window), x, w)
+            jax.eval_shape(partial(lowering.input_gradient, window=window, input_shape=image), dy, w)
+            jax.eval_shape(partial(lowering.kernel_gradient, window=window, kernel_shape=kernel), x, dy)
+
+
 @pytest.mark.parametrize("lowering", [winograd.f2, im2col.lowering, space_to_depth.lowering])
 def test_a_lowering_of_one_group_supports_one_group(lowering):
     assert not lowering.supports(MAP, (3, 3, 2, 8), Window((2, 2), ONE, 2))
