@@ -82,7 +82,8 @@ def create_optimizer(
 
     With `muon_learning_rate`, Muon takes the convolution kernels, as matrices of (patch, output channel). Its steps are
     orthogonal matrices, so that no direction of a kernel waits for the others. Both follow the one schedule, each to
-    its own peak.
+    its own peak. The 1×1 kernel of a quantizable block is left to SGD: Muon's steps have one size, and no norm of its
+    own makes up for it.
 
     Args:
       config: The settings: the schedule, the rule and its numbers.
@@ -117,4 +118,9 @@ def create_optimizer(
 
 
 def _muon_or_sgd(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: "muon" if leaf.ndim == 4 else "sgd", params)
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        # In a RepVGG block a kernel is that of a `conv` beside its norm.
+        alone = [entry.key for entry in path[-2:]] == ["branch_1x1", "kernel"]
+        return "muon" if leaf.ndim == 4 and not alone else "sgd"
+
+    return jax.tree_util.tree_map_with_path(label, params)

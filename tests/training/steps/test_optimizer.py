@@ -136,6 +136,22 @@ def test_muon_moves_kernels_by_orthogonal_matrices_and_leaves_the_rest_to_sgd():
     assert plain.max() / plain.min() > 20
 
 
+def test_the_kernel_without_a_norm_of_its_own_is_left_to_sgd():
+    """In a quantizable block: by Muon's steps of one size, three epochs on CIFAR-10 lost 3 points."""
+    config = OptimizationConfig(epochs=1000, learning_rate=0.5, weight_decay=0.1)
+    small = dict(num_classes=5, width_multiplier=(0.25,) * 4, depths=(1, 1, 1, 1))
+    params = random_variables(create_model("repvgg_a0", **small, block="quantizable"), dtype=np.float32)["params"]
+    gradients = jax.tree.map(jnp.ones_like, params)
+    found = {}
+    for rate in (0.0, 0.02):
+        optimizer = create_optimizer(dataclasses.replace(config, muon_learning_rate=rate), steps_per_epoch=1000)
+        found[rate], _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    alike = jax.tree.map(lambda one, other: bool(jnp.allclose(one, other, rtol=1e-5)), *found.values())
+    for name in ("stem", "stage1_block1"):
+        assert alike[name]["branch_1x1"]["kernel"]
+        assert not alike[name]["branch_3x3"]["conv"]["kernel"]
+
+
 PEAK, STEPS = 0.02, 20
 
 
