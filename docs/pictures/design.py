@@ -21,7 +21,7 @@ PARTS = {
     "data": (6.4, 3, NETWORKS, "data sets, augmentation"),
     "models": (3.4, 2, NETWORKS, "Flax modules, both forms"),
     "quantize": (0.4, 3, NETWORKS, "equalize, round to 8 bits"),
-    "transform": (0.4, 2, ALGEBRA, "reparameterize"),
+    "transform": (0.4, 2, ALGEBRA, "reparameterize, expand"),
     "reparam": (0.4, 1, ALGEBRA, "kernels, rules, fuse"),
     "ops": (3.4, 1, ALGEBRA, "convolution, batch norm"),
 }
