@@ -54,6 +54,10 @@ def box(axes: Axes, name: str) -> None:
 
 def arrow(axes: Axes, source: str, target: str) -> None:
     (from_x, from_y), (to_x, to_y) = PARTS[source][:2], PARTS[target][:2]
+    if from_y == to_y:
+        style = dict(arrowstyle="-|>", color=SOFT, lw=1.6, shrinkA=0, shrinkB=0)
+        axes.annotate("", (to_x + WIDTH + 0.04, to_y - 0.08), (from_x - 0.04, from_y - 0.08), arrowprops=style)
+        return
     # Where two arrows reach one box, each has its own place on the edge.
     lean = 0.25 * (from_x - to_x)
     start = from_x + WIDTH / 2 - lean / 2, from_y - HEIGHT / 2
@@ -73,8 +77,8 @@ def main() -> None:
     for name in PARTS:
         box(axes, name)
     for y, text in (
-        (5.05, "An arrow: a part may import\nanother one below it. Arrows that\nothers imply are left out."),
-        (0.12, "The leaves (preprocess, files, fields, terminal, invocation, version) are not drawn."),
+        (5.05, "An arrow: a part may import\nanother one, below or beside. Arrows that\nothers imply are left out."),
+        (0.12, "Optimizers and the leaves (preprocess, files, fields, terminal, invocation, version) are not drawn."),
     ):
         axes.text(0.4, y, text, fontsize=9.5, color=SOFT, va="center")
     axes.set(xlim=(0.2, 9.3), ylim=(-0.05, 5.55))
