@@ -16,7 +16,8 @@ from repvgg_jax.ops import compiler_options
 from repvgg_jax.transform.expanding.branched import Branched, Init, Named, Norms, branched
 from repvgg_jax.transform.expanding.branches import Branch, by_channel
 from repvgg_jax.transform.expanding.interpreter import Convolve, interpret
-from repvgg_jax.transform.expanding.reading import Position, read
+from repvgg_jax.transform.expanding.listing import Position
+from repvgg_jax.transform.expanding.reading import read
 from repvgg_jax.transform.expanding.report import describe
 from repvgg_jax.transform.tracing import abstract, require_arrays, signature
 

@@ -10,7 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from repvgg_jax.transform.equations import bind, called
-from repvgg_jax.transform.expanding.reading import Position
+from repvgg_jax.transform.expanding.listing import Position
 
 Convolve = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 """A function of source and kernel. Beside the result, it returns what is to be kept."""

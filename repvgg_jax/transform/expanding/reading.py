@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from repvgg_jax.transform.equations import aval, bind, body, convolutions
+from repvgg_jax.transform.equations import aval, bind, convolutions
+from repvgg_jax.transform.expanding.listing import IN_PLACE, Listing, Position, Written, moves
+from repvgg_jax.transform.expanding.shifts import shift_behind, varying_axes
 from repvgg_jax.transform.windows import Window, kernel_order, read_window
-
-Position = tuple[int, ...]
-"""Where an equation stands: its index, after those of the calls that it is in."""
-
-# They leave the elements of their one operand where they are; the first in another dtype.
-_IN_PLACE = ("convert_element_type", "copy", "optimization_barrier", "reverse_mode_only", "sharding_constraint")
-_MOVES = (*_IN_PLACE, "broadcast_in_dim", "expand_dims", "reshape", "rev", "squeeze", "transpose")
-_SHIFTS = ("add", "add_any", "sub")
-_SCALES = ("mul", "div")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +72,6 @@ class Left(NamedTuple):
     reason: str
 
 
-class _Written(NamedTuple):
-    """An equation of the function with all calls written out. Values are numbered, literals are None."""
-
-    position: Position
-    scope: str
-    equation: JaxprEqn
-    operands: tuple[int | None, ...]
-    results: tuple[int, ...]
-
-
 def read(closed: ClosedJaxpr, variables: int) -> tuple[list[Found], list[Left]]:
     """Find the convolutions of a function.
 
@@ -105,69 +87,34 @@ def read(closed: ClosedJaxpr, variables: int) -> tuple[list[Found], list[Left]]:
 
 class _Reading:
     def __init__(self, closed: ClosedJaxpr, variables: int):
-        self.program: list[_Written] = []
-        self.avals: list[Any] = []
-        arguments = [self._value(each) for each in closed.in_avals]
-        self.outputs = self._write_out(closed, arguments, (), "")
-        self.producers = {value: each for each in self.program for value in each.results}
-        self.consumers = defaultdict(list)
-        for each in self.program:
-            for operand in each.operands:
-                self.consumers[operand].append(each)
+        self.listing = listing = Listing(closed)
+        self.varying = varying_axes(listing)
         # Of a value: the variable whose elements it has, and how they were moved.
         self.origins: dict[int, tuple[int, tuple[JaxprEqn, ...]]] = {leaf: (leaf, ()) for leaf in range(variables)}
         # Of a value: the variables that it was computed from; None once it depends on an input.
         self.sources: dict[int, frozenset[int] | None] = {
-            value: frozenset({value}) if value < variables else None for value in arguments
+            value: frozenset({value}) if value < variables else None for value in listing.arguments
         }
         self.uses: Counter[int] = Counter()
-        for each in self.program:
+        for each in listing.equations:
             self._trace(each)
-        self.uses.update(self.origins[value][0] for value in self.outputs if value in self.origins)
+        self.uses.update(self.origins[value][0] for value in listing.outputs if value in self.origins)
 
-    def _value(self, aval: Any) -> int:
-        self.avals.append(aval)
-        return len(self.avals) - 1
-
-    def _write_out(
-        self, closed: ClosedJaxpr, arguments: Sequence[int | None], prefix: Position, scope: str
-    ) -> list[int | None]:
-        jaxpr = closed.jaxpr
-        numbers: dict[Any, int | None] = dict(zip(jaxpr.invars, arguments, strict=True))
-        numbers.update((variable, self._value(variable.aval)) for variable in jaxpr.constvars)
-
-        def number(variable: Any) -> int | None:
-            return None if isinstance(variable, Literal) else numbers[variable]
-
-        for index, equation in enumerate(jaxpr.eqns):
-            operands = tuple(map(number, equation.invars))
-            here, inside = (*prefix, index), "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
-            inner = body(equation)
-            if inner is None:
-                results = tuple(self._value(variable.aval) for variable in equation.outvars)
-                self.program.append(_Written(here, inside, equation, operands, results))
-            else:
-                given = operands[len(operands) - len(inner.jaxpr.invars) :]
-                results = tuple(self._write_out(inner, given, here, inside))  # type: ignore[arg-type]
-            numbers.update(zip(equation.outvars, results, strict=True))
-        return list(map(number, jaxpr.outvars))
-
-    def _trace(self, written: _Written) -> None:
+    def _trace(self, written: Written) -> None:
         equation, operands = written.equation, written.operands
         known = [self.sources.get(each, frozenset()) for each in operands if each is not None]
         all_of = None if None in known else frozenset().union(*known)  # type: ignore[arg-type]
         self.sources.update((result, all_of) for result in written.results)
         name, taken = equation.primitive.name, operands[0] if operands else None
-        if len(operands) == 1 and taken in self.origins and _moves(equation):
-            leaf, moves = self.origins[taken]
-            in_place = name in _IN_PLACE
-            self.origins[written.results[0]] = leaf, moves if in_place else (*moves, equation)
+        if len(operands) == 1 and taken in self.origins and moves(equation):
+            leaf, before = self.origins[taken]
+            self.origins[written.results[0]] = leaf, before if name in IN_PLACE else (*before, equation)
             return
         self.uses.update(self.origins[each][0] for each in operands if each in self.origins)
 
     def convolutions(self) -> tuple[list[Found], list[Left]]:
         found, left = [], []
-        for written in self.program:
+        for written in self.listing.equations:
             if written.equation.primitive.name == "conv_general_dilated":
                 reason = self._refusal(written)
                 if reason is None:
@@ -187,7 +134,7 @@ class _Reading:
         sources = self.sources.get(value) if value is not None else None
         return next(iter(sources)) if sources and len(sources) == 1 else None
 
-    def _refusal(self, written: _Written) -> str | None:
+    def _refusal(self, written: Written) -> str | None:
         kernel, params = written.operands[1], written.equation.params
         if kernel not in self.origins:
             sources = self.sources.get(kernel, frozenset()) if kernel is not None else frozenset()
@@ -195,7 +142,7 @@ class _Reading:
                 return "its kernel depends on the inputs"
             if not sources:
                 return "its kernel is held by the function and is no variable"
-            computed = self.producers[kernel].equation.primitive.name  # type: ignore[index]
+            computed = self.listing.producers[kernel].equation.primitive.name  # type: ignore[index]
             return f"its kernel is computed before use (`{computed}`)"
         uses = self.uses[self.origins[kernel][0]]
         if uses > 1:
@@ -208,11 +155,11 @@ class _Reading:
             return "its padding is a symbol"
         return None
 
-    def _found(self, written: _Written) -> Found:
+    def _found(self, written: Written) -> Found:
         leaf, moves = self.origins[written.operands[1]]  # type: ignore[index]
         params, order = written.equation.params, kernel_order(written.equation.params)
         kernel = aval(written.equation.invars[1])
-        (result,) = written.results
+        (result,), channel = written.results, params["dimension_numbers"].out_spec[1]
         return Found(
             position=written.position,
             leaf=leaf,
@@ -222,71 +169,14 @@ class _Reading:
             window=read_window(params),
             dtype=kernel.dtype,
             result_dtype=aval(written.equation.outvars[0]).dtype,
-            shift=self._shift(result, params["dimension_numbers"].out_spec[1]) or "nothing",
+            shift=shift_behind(self.listing, self.varying, result, params["dimension_numbers"].out_spec[1])
+            or "nothing",
         )
 
-    def _kernels_inside(self, written: _Written) -> list[int]:
+    def _kernels_inside(self, written: Written) -> list[int]:
         """Return the variables that an equation takes, and that could be kernels, stacked or not."""
         return [
             self.origins[each][0]
             for each in written.operands
-            if each in self.origins and len(self.avals[self.origins[each][0]].shape) > 2
+            if each in self.origins and len(self.listing.avals[self.origins[each][0]].shape) > 2
         ]
-
-    def _shift(self, value: int, channel: int) -> str | None:
-        """Return what shifts each channel of a value before anything else is done with it."""
-        found = set()
-        for written in self.consumers[value]:
-            name = written.equation.primitive.name
-            if _moves(written.equation):
-                moved = _carried(written.equation, {channel})
-                if moved is not None and len(moved) == 1:
-                    found.add(self._shift(written.results[0], *moved))
-                continue
-            others = [each for each in written.operands if each != value]
-            if name not in (*_SHIFTS, *_SCALES) or len(others) != 1 or not self._varying(others[0]) <= {channel}:
-                continue
-            if name in _SCALES:
-                found.add(self._shift(written.results[0], channel))
-            elif others[0] is not None:
-                found.add("bias" if name != "sub" and self.sources.get(others[0]) is not None else "batch norm")
-        return next((shift for shift in ("batch norm", "bias") if shift in found), None)
-
-    def _varying(self, value: int | None) -> set[int]:
-        """Return the axes along which the elements of a value can differ."""
-        if value is None:
-            return set()
-        sizes = {axis for axis, size in enumerate(self.avals[value].shape) if size != 1}
-        written = self.producers.get(value)
-        if written is None:
-            return sizes
-        name = written.equation.primitive.name
-        if name in (*_SHIFTS, *_SCALES, "neg"):
-            return sizes & set().union(*map(self._varying, written.operands))
-        carried = _carried(written.equation, self._varying(written.operands[0])) if name in _MOVES else None
-        return sizes if carried is None else carried
-
-
-def _carried(equation: JaxprEqn, axes: set[int]) -> set[int] | None:
-    """Return where an equation puts axes of its operand; None where it cuts them up."""
-    name, params = equation.primitive.name, equation.params
-    before, after = (aval(each).shape for each in (equation.invars[0], equation.outvars[0]))
-    if name == "transpose":
-        return {params["permutation"].index(axis) for axis in axes}
-    if name == "broadcast_in_dim":
-        return {params["broadcast_dimensions"][axis] for axis in axes}
-    if name in _IN_PLACE or name == "rev":
-        return set(axes)
-    long_before, long_after = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (before, after))
-    if [before[axis] for axis in long_before] != [after[axis] for axis in long_after]:
-        return None
-    return {place for axis, place in zip(long_before, long_after, strict=True) if axis in axes}
-
-
-def _moves(equation: JaxprEqn) -> bool:
-    """Whether an equation keeps the elements of its one operand, in another order or another floating dtype."""
-    if equation.primitive.name not in _MOVES or len(equation.invars) != 1:
-        return False
-    before, after = aval(equation.invars[0]), aval(equation.outvars[0])
-    floating = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
-    return floating and before.size == after.size
