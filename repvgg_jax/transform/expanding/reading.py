@@ -169,8 +169,7 @@ class _Reading:
             window=read_window(params),
             dtype=kernel.dtype,
             result_dtype=aval(written.equation.outvars[0]).dtype,
-            shift=shift_behind(self.listing, self.varying, result, params["dimension_numbers"].out_spec[1])
-            or "nothing",
+            shift=shift_behind(self.listing, self.varying, result, channel) or "nothing",
         )
 
     def _kernels_inside(self, written: Written) -> list[int]:
