@@ -97,6 +97,7 @@ def test_accuracy_counts_all_test_images(task, monkeypatch):
     assert task.accuracy(variables["params"], variables["batch_stats"]) == pytest.approx(expected)
 
 
+@pytest.mark.long
 def test_a_table_for_each_network_and_a_line_for_each_training(capsys):
     few = ["--images", str(BATCH), "--epochs", "2", "--seeds", "2", "--turns", "1", "--same-seconds"]
     expand.main(["--networks", "resnet", "--ways", "repvgg", *few])

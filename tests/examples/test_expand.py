@@ -1,8 +1,11 @@
 import re
 
+import pytest
+
 from examples import expand
 
 
+@pytest.mark.long
 def test_the_expand_example_trains_with_branches_and_tests_the_plain_network(capsys, monkeypatch):
     few = tuple(array[: 4 * 128] for array in expand.digits())
     monkeypatch.setattr(expand, "digits", lambda: few)

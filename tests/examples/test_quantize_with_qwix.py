@@ -24,6 +24,7 @@ def test_every_convolution_and_the_head_compute_in_integers():
         assert re.search(r": \(tensor<[\dx]+xi8>, tensor<[\dx]+xi8>\) -> tensor<[\dx]+xi32>", line), line
 
 
+@pytest.mark.long
 def test_the_logits_of_a_trained_network_are_those_of_float_to_the_precision_of_8_bits(finished, data_dir, capsys):
     main(finished.workdir / "deploy.safetensors", data_dir)
     printed = capsys.readouterr().out

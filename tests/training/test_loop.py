@@ -75,6 +75,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.long
 def test_the_pictures_of_an_unfinished_run_show_its_last_epoch(tiny, tmp_path, monkeypatch):
     drawn = []
 
@@ -102,6 +103,7 @@ def stop_after_the_first_checkpoint(patch):
     patch.setattr(loop.Checkpoints, "save", save_then_stop)
 
 
+@pytest.mark.long
 def test_a_run_with_a_moving_average_is_judged_by_the_average(tiny, finished, tmp_path):
     run = shutil.copytree(finished.workdir, tmp_path / "run")
     config = TrainConfig.load(run / "config.json").replace(ema_decay=0.9)

@@ -32,6 +32,7 @@ def signal_at_step(monkeypatch):
     return arm
 
 
+@pytest.mark.long
 def test_a_run_stopped_in_the_middle_of_an_epoch_ends_bit_identically(tiny, finished, begin, tmp_path, signal_at_step):
     signal_at_step(signal.SIGTERM, 27)
     with pytest.raises(

@@ -94,7 +94,7 @@ def test_eight_devices_train_as_one_does_with_statistics_of_the_global_batch():
 @pytest.mark.parametrize(
     "further",
     [
-        dict(alternate_flip=True),
+        pytest.param(dict(alternate_flip=True), marks=pytest.mark.long),
         pytest.param(dict(trivial_augment=True, color_jitter=0.4, mixup=0.2, cutmix=1.0), marks=pytest.mark.long),
     ],
     ids=["cut out, mirrored in turn", "distort and mix besides"],

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model
-from repvgg_jax.transform import Conv, Kernel, expand
-from tests.random_variables import random_images, random_variables
+from repvgg_jax.ops import conv_general_dilated
+from repvgg_jax.transform import expand
+from tests.random_variables import random_images
 from tests.transform.expanding.networks import convolve
+from tests.transform.merging.comparison import primitives
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -171,14 +172,20 @@ def test_it_is_said_what_takes_the_place_of_the_means_and_biases(shift, behind):
 
 
 def test_the_fast_lowerings_of_this_package_are_read_through():
-    model = create_model("repvgg_a0", num_classes=5, depths=(1, 1, 1, 1), width_multiplier=(0.25,) * 4)
-    variables, images = random_variables(model), random_images((2, 16, 16, 3))
-    function = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])  # noqa: E731
-    wide = expand(function, variables, images, branches=(Kernel(), Conv()))
-    assert len(wide.state) == 10
-    assert set(wide.report().split()) >= {"params/stem/branch_3x3/conv/kernel", "batch"}
-    found, _ = wide(wide.params, wide.state, images, train=True)
-    np.testing.assert_allclose(found[0], function(variables, images)[0], atol=1e-11)
+    """They have gradients of their own, and a gate before the kernel."""
+
+    def function(v, x):
+        y = conv_general_dilated(x, v["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return (y - y.mean((0, 1, 2))) / y.std((0, 1, 2))
+
+    variables = {"kernel": random_images((3, 3, 4, 4), np.float32)}
+    images = random_images((2, 16, 16, 4), np.float32)  # they are for float32
+    assert primitives(function, variables, images)["custom_vjp_call"] == 1
+    wide = expand(function, variables, images)
+    assert "kernel + 1x1 + identity  batch norm" in wide.report()
+    params = jax.tree.map(lambda leaf: leaf + 0.1, wide.params)
+    found, _ = wide(params, wide.state, images, train=False)
+    np.testing.assert_allclose(found, function(wide.collapse(params, wide.state), images), atol=1e-5)
 
 
 def test_where_chooses_by_path_and_shape():

@@ -68,7 +68,7 @@ def test_before_a_batch_norm_the_branches_are_those_with_full_batch_norms():
 GAINS = (Kernel(gain=0.7), Conv(1, gain=1.5), Conv((None, 1), gain=-0.4), Identity(gain=0.6))
 
 
-@pytest.mark.parametrize("name", ["residual", "bare"])
+@pytest.mark.parametrize("name", [pytest.param("residual", marks=pytest.mark.long), "bare"])
 @pytest.mark.parametrize("init", ["same", "published"])
 def test_with_constant_gains_sgd_is_that_of_the_kernel_with_multiplied_gradients(name, init):
     """RepOptimizer, arXiv:2205.15242, section 3.2, with momentum and decay; ten steps."""
