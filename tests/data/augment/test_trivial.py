@@ -1,4 +1,6 @@
 import importlib
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from repvgg_jax.data.augment.trivial import OPERATIONS, trivial_augment
+from repvgg_jax.data.augment.trivial import OPERATIONS, WARPS, changed, trivial_augment
 from tests.data.tiny_data import noise
 
 # By its path: the package has a function of the name.
@@ -20,12 +22,12 @@ def pictures():
     return (smooth + noise(24, 24, 3) // 8).clip(0, 255).astype(np.uint8)
 
 
-COMPILED = {name: jax.jit(operation) for name, operation in OPERATIONS.items()}
+CHANGED = jax.jit(changed)
 AUGMENT = jax.jit(trivial_augment)
 
 
 def applied(name, image, strength=0.5, sign=1.0):
-    return np.asarray(COMPILED[name](np.float32(image), np.float32(strength), np.float32(sign)))
+    return np.asarray(CHANGED(OPERATIONS.index(name), np.float32(image), np.float32(strength), np.float32(sign)))
 
 
 PILLOW = {
@@ -103,7 +105,7 @@ def test_each_image_gets_one_operation_and_all_of_them_occur():
     operations = np.asarray(jax.random.randint(keys[0], (280,), 0, len(OPERATIONS)))
     assert set(operations) == set(range(len(OPERATIONS)))
     unchanged = (augmented == images).all((1, 2, 3))
-    assert unchanged[operations == list(OPERATIONS).index("identity")].all()
+    assert unchanged[operations == OPERATIONS.index("identity")].all()
     assert unchanged.mean() < 0.2
     assert len({image.tobytes() for image in augmented}) > 150
 
@@ -121,17 +123,18 @@ def test_normalised_images_are_refused():
         trivial_augment(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
 
 
-def drawn_from(operations, count, monkeypatch):
-    """One pixel each of so many images, after one of these operations."""
-    monkeypatch.setattr(MODULE, "OPERATIONS", operations)
+def drawn_from(told, operations, count, monkeypatch):
+    """One pixel each of so many images, as these operations change it."""
+    monkeypatch.setattr(MODULE, "OPERATIONS", range(operations))
+    monkeypatch.setattr(MODULE, "changed", told)
     # Traced anew: AUGMENT has been with the true operations.
     augment = jax.jit(lambda key, images: trivial_augment(key, images))
     return np.asarray(augment(jax.random.key(0), np.zeros((count, 1, 1, 1), np.uint8))).ravel()
 
 
 def test_each_image_has_a_strength_of_31_and_a_sign_of_its_own(monkeypatch):
-    told = {"told": lambda image, strength, sign: image * 0 + 100 + 90 * sign * strength}
-    drawn = drawn_from(told, 3000, monkeypatch)
+    told = lambda operation, image, strength, sign: image * 0 + 100 + 90 * sign * strength  # noqa: E731
+    drawn = drawn_from(told, 1, 3000, monkeypatch)
     levels = np.round((drawn.astype(float) - 100) / 3)
     np.testing.assert_array_equal(drawn, 100 + 3 * levels)
     counts = np.bincount((levels + 30).astype(int), minlength=61)
@@ -141,8 +144,8 @@ def test_each_image_has_a_strength_of_31_and_a_sign_of_its_own(monkeypatch):
 
 
 def test_operations_are_drawn_evenly_and_apart_from_strengths(monkeypatch):
-    told = {str(i): lambda image, strength, sign, i=i: image * 0 + 64 * i + 31 * strength for i in range(4)}
-    drawn = drawn_from(told, 2000, monkeypatch)
+    told = lambda operation, image, strength, sign: image * 0 + 64 * operation + 31 * strength  # noqa: E731
+    drawn = drawn_from(told, 4, 2000, monkeypatch)
     weak, strong = (np.bincount(part // 64, minlength=4) for part in (drawn[drawn % 64 < 16], drawn[drawn % 64 >= 16]))
     for counts in (weak, strong):
         assert counts.min() > 180
@@ -150,7 +153,7 @@ def test_operations_are_drawn_evenly_and_apart_from_strengths(monkeypatch):
 
 def test_results_are_rounded_and_clipped(monkeypatch):
     values = jnp.array([-3.0, 0.4, 0.6, 254.7, 255.6, 300.0])
-    monkeypatch.setattr(MODULE, "OPERATIONS", {"told": lambda image, strength, sign: image * 0 + values[:, None, None]})
+    monkeypatch.setattr(MODULE, "changed", lambda operation, image, *_: image * 0 + values[:, None, None])
     drawn = trivial_augment(jax.random.key(0), jnp.zeros((1, 6, 1, 1), jnp.uint8))
     assert drawn.ravel().tolist() == [0, 0, 1, 255, 255, 255]
 
@@ -177,7 +180,7 @@ def test_what_has_one_level_is_left_alone(name):
 
 
 def test_geometry_turns_about_the_centre_of_images_that_are_no_squares():
-    image = np.maximum(noise(5, 8, 2), 1)
+    image = np.maximum(noise(5, 8, 3), 1)
     np.testing.assert_array_equal(applied("rotate", image, 180 / 135), image[::-1, ::-1])
     quarter = np.zeros_like(image)
     for row in range(5):
@@ -188,3 +191,36 @@ def test_geometry_turns_about_the_centre_of_images_that_are_no_squares():
                 quarter[row, column] = image[source]
     assert (quarter > 0).any()
     assert (applied("rotate", image, 90 / 135) == quarter).mean() > 0.8, "half pixels are rounded either way"
+
+
+@pytest.mark.parametrize("levels", [np.arange(256), np.full(300, 200), noise(20, 15, 1)], ids=["each", "one", "any"])
+def test_what_a_tpu_counts_and_looks_up_by_products_is_the_same(levels):
+    levels = jnp.asarray(levels, jnp.int32)
+    np.testing.assert_array_equal(MODULE._count_by_products(levels), MODULE._count(levels))
+    np.testing.assert_array_equal(MODULE._count(levels), np.bincount(np.ravel(levels), minlength=256))
+    table = jnp.asarray(noise(256), jnp.int32)
+    np.testing.assert_array_equal(MODULE._look_up_by_products(table, levels), np.asarray(table)[np.asarray(levels)])
+
+
+@pytest.mark.parametrize("name", WARPS)
+def test_what_a_tpu_takes_by_products_are_the_same_pixels(name, monkeypatch):
+    image = np.float32(noise(9, 14, 3))
+    expected = applied(name, image, 0.3, -1.0)
+    monkeypatch.setattr(MODULE, "_take", MODULE._take_by_products)
+    found = jax.jit(lambda *each: changed(*each))(OPERATIONS.index(name), image, np.float32(0.3), np.float32(-1))
+    np.testing.assert_array_equal(found, expected)
+    assert (expected != image).mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("platform", "side", "gathers"), [("tpu", 32, False), ("tpu", 96, True), ("cpu", 32, True)], ids=str
+)
+def test_on_a_tpu_pixels_of_small_images_are_not_taken_one_by_one(platform, side, gathers):
+    """Lowered for a TPU, which needs none."""
+    images = jax.ShapeDtypeStruct((4, side, side, 3), jnp.uint8)
+    export = jax.export.export(jax.jit(trivial_augment), platforms=[platform])
+    program = export(jax.eval_shape(jax.random.key, 0), images).mlir_module()
+    sizes = re.findall(r'"stablehlo.gather".*-> tensor<([\dx]+)x[fi]32>', program)
+    assert any(math.prod(map(int, each.split("x"))) >= images.size for each in sizes) == gathers
+    scattered = re.findall(r"}\) : \(tensor<[\dx]*256xi32>, tensor<[\dx]+x1xi32>", program)  # the histogram
+    assert bool(scattered) == (platform == "cpu")
