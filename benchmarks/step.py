@@ -35,18 +35,27 @@ CHANNELS = 3
 STEPS_PER_EPOCH = 100
 
 
+def setting_of(config: TrainConfig, mesh: Mesh) -> tuple[Any, ...]:
+    """What the state of a config for ten classes is made of."""
+    model = config.network.create_model(num_classes=10)
+    optimizer = create_optimizer(config.optimization, STEPS_PER_EPOCH, frozen=config.network.frozen)
+    return model, optimizer, config, CHANNELS, mesh
+
+
+def lowered_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step of a config for ten classes, lowered for the devices of a mesh."""
+    normalization = config.data.normalization or Normalization((0.5,) * CHANNELS, (0.25,) * CHANNELS)
+    model, optimizer, *_ = setting = setting_of(config, mesh)
+    step = make_train_step(model, optimizer, config, normalization, mesh, steps_per_epoch=STEPS_PER_EPOCH)
+    return step.lower(abstract_state(*setting), abstract_batch(config, CHANNELS, mesh))
+
+
 class Trainer:
     """The compiled training step of a config for ten classes, and its state; as in training, two steps ahead."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        normalization = config.data.normalization or Normalization((0.5,) * CHANNELS, (0.25,) * CHANNELS)
-        model = config.network.create_model(num_classes=10)
-        optimizer = create_optimizer(config.optimization, STEPS_PER_EPOCH, frozen=config.network.frozen)
-        setting = (model, optimizer, config, CHANNELS, mesh)
-        shapes = (abstract_state(*setting), abstract_batch(config, CHANNELS, mesh))
-        step = make_train_step(model, optimizer, config, normalization, mesh, steps_per_epoch=STEPS_PER_EPOCH)
-        self._step = step.lower(*shapes).compile()
-        self._state = create_state(*setting)
+        self._step = lowered_step(config, mesh).compile()
+        self._state = create_state(*setting_of(config, mesh))
         self._ahead: deque[Any] = deque()
 
     def step(self, batch: Batch) -> None:
