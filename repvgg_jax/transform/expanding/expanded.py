@@ -88,8 +88,7 @@ class Expanded:
             convolutions are others.
         """
         self._require_expected(params, state)
-        outputs, after = self._run(params, state, inputs, train=train)
-        return outputs, after
+        return self._run(params, state, inputs, lambda each: partial(each.apply, train=train))
 
     def collapse(self, params: Any, state: Any) -> Any:
         """Return the caller's own variables, with each kernel the one that its branches have become.
@@ -188,29 +187,20 @@ class Expanded:
 
     def _measured(self, params: Any, state: Any, inputs: Sequence[Any], init: Init) -> dict[str, Named]:
         """Return the variances that the branches have on these inputs, where the function is the one to begin with."""
-        _, after = self._run(params, state, inputs, train=True, measure=True, plain=init == "same")
+        _, after = self._run(params, state, inputs, lambda each: partial(each.measure, plain=init == "same"))
         return after
 
     def _run(
-        self,
-        params: Any,
-        state: Any,
-        inputs: Sequence[Any],
-        *,
-        train: bool,
-        measure: bool = False,
-        plain: bool = False,
+        self, params: Any, state: Any, inputs: Sequence[Any], way: Callable[[Branched], Callable[..., Any]]
     ) -> tuple[Any, dict[str, Named]]:
+        """Compute the function, its convolutions in a way: a function of their parameters, state, source and kernel."""
         program = self._program(inputs)
         convolutions: dict[Position, Convolve] = {}
         names: dict[Position, str] = {}
         for name, each in program.convolutions.items():
-            given = params["branches"].get(name, {}), state[name]
             names[each.found.position] = name
-            if measure:
-                convolutions[each.found.position] = partial(each.measure, *given, plain=plain)
-            else:
-                convolutions[each.found.position] = partial(each.apply, *given, train=train)
+            given = params["branches"].get(name, {}), state[name]
+            convolutions[each.found.position] = partial(way(each), *given)
         arguments = [*jax.tree.leaves(params["variables"]), *jax.tree.leaves(inputs)]
         outputs, kept = interpret(program.closed, arguments, convolutions)
         after = {names[position]: each for position, each in kept.items()}
