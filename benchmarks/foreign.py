@@ -139,10 +139,24 @@ def create(library: str, name: str, side: int) -> Network:
     function, fresh = LIBRARIES[library][0](name, side)
     random = np.random.default_rng(0)
     channels_first = library == "equinox"
+    variables = drawn(fresh, random, GAINS.get(name, GAIN), channels_first)
+    shape = (2, 3, side, side) if channels_first else (2, side, side, 3)
+    return Network(function, variables, jnp.asarray(random.normal(size=shape), jnp.float32))
+
+
+def drawn(fresh: Any, random: np.random.Generator, gain: float = GAIN, channels_first: bool = False) -> Any:
+    """Draw variables at random, by their shapes and names.
+
+    Args:
+        fresh: the variables, or their shapes.
+        random: what draws them.
+        gain: the variance of a kernel times its fan-in.
+        channels_first: whether the output channels are the first axis of a kernel.
+    """
 
     def draw(path: Any, leaf: Any) -> Any:
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 1:
-            return leaf
+            return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
         if leaf.size == max(leaf.shape):
             if _is_positive(path, leaf):
                 return jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
@@ -150,11 +164,9 @@ def create(library: str, name: str, side: int) -> Network:
         *inside, outside = (*leaf.shape[1:], leaf.shape[0]) if channels_first else leaf.shape
         # Keras's depthwise kernels are (height, width, channels, 1).
         fan_in = np.prod(inside[:-1] if outside == 1 else inside)
-        return jnp.asarray(random.normal(0, (GAINS.get(name, GAIN) / fan_in) ** 0.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(random.normal(0, (gain / fan_in) ** 0.5, leaf.shape), leaf.dtype)
 
-    shape = (2, 3, side, side) if channels_first else (2, side, side, 3)
-    variables = jax.tree_util.tree_map_with_path(draw, fresh)
-    return Network(function, variables, jnp.asarray(random.normal(size=shape), jnp.float32))
+    return jax.tree_util.tree_map_with_path(draw, fresh)
 
 
 def _is_positive(path: Any, leaf: Any) -> bool:

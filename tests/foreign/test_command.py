@@ -1,4 +1,4 @@
-"""The table of networks, the recipes for users, and what importing Keras leaves behind."""
+"""The tables of networks, the recipes for users, and what importing Keras leaves behind."""
 
 import os
 import re
@@ -9,7 +9,8 @@ import jax
 import pytest
 from flax import nnx
 
-from benchmarks import foreign
+from benchmarks import expand_libraries, foreign
+from benchmarks.trained_networks import of_lax, random_images
 from examples import other_libraries
 from repvgg_jax import reparameterize
 from tests.docs.pages import ROOT, blocks
@@ -51,6 +52,40 @@ def test_the_error_of_a_wrong_merge_is_seen(monkeypatch):
     assert foreign.measure("nnx", "Tiny", side=8).error < 1e-6
     monkeypatch.setattr(foreign, "reparameterize", wrong)
     assert foreign.measure("nnx", "Tiny", side=8).error > 5e-4
+
+
+def tiny_training(name, side):
+    """Stands in for a network as it is trained."""
+    return of_lax((4, 4), random_images(side, channels_first=True))
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_command_trains_each_network_as_branches_and_names_what_is_missing(capsys, monkeypatch):
+    def absent(name, side):
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    monkeypatch.setattr(expand_libraries, "NETWORKS", {"jax.lax/Tiny": tiny_training, "absent/Net": absent})
+    expand_libraries.main(["--side", "8"])
+    title, _, header, rule, first, second = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("8 images of 8×8, 10 steps, float32, ")
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert len(cells) == header.count("|") - 1 == rule.count("|") - 1
+    assert cells[:5] == ["jax.lax", "Tiny", "2", "2", "0.00 → 0.00"]
+    assert max(float(cells[5]), float(cells[6])) < 1e-5
+    assert "not run: No module named 'absent': pip install -e \".[foreign]\"" in second
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_error_of_a_wrong_collapse_is_seen(monkeypatch):
+    network = tiny_training("Tiny", side=8)
+    found = expand_libraries.measure(network)
+    assert (found.convolutions, found.expanded) == (2, 2)
+    # Two kernels and biases; then a 1×1 kernel for each, and the gains of two branches.
+    assert (found.before, found.after) == (108 + 4 + 144 + 4, 260 + 12 + 16 + 2 * 8)
+    assert found.collapsed < 1e-5
+    assert found.moved > 1e-2
+    monkeypatch.setattr(expand_libraries.Expanded, "collapse", lambda self, params, state: params["variables"])
+    assert expand_libraries.measure(network).collapsed > 1e-2
 
 
 def test_importing_keras_changes_no_environment_and_no_home(require, tmp_path):

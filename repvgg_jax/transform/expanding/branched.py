@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from repvgg_jax.transform.expanding.branches import Branch, Kernel, Params, by_channel
@@ -60,7 +61,7 @@ class Branched:
         """Names of the branches."""
         return [branch[0].name.split("/")[0] for branch in self.branches]
 
-    def create(self, key: jax.Array, init: Init, dtype: Any) -> tuple[Named, Named]:
+    def create(self, draw: np.random.Generator, init: Init, dtype: Any) -> tuple[Named, Named]:
         """Return parameters and state to begin with.
 
         With the init "same" all branches but the kernel's begin at zero. With norms, the gain of the kernel's branch
@@ -71,8 +72,7 @@ class Branched:
         for branch in self.branches:
             created = []
             for step in branch:
-                key, drawn = jax.random.split(key)
-                created.append(step.create(drawn, dtype))
+                created.append(step.create(draw, dtype))
                 gain = jnp.full(step.place.out, step.map.gain, dtype)
                 if self.norms:
                     created[-1].pop("scale", None)  # the gain is one already

@@ -44,7 +44,7 @@ class Kernel:
         """Return why the branch does not fit a place, or None."""
         return None
 
-    def create(self, place: Place, key: jax.Array, dtype: Any) -> Params:
+    def create(self, place: Place, draw: np.random.Generator, dtype: Any) -> Params:
         """Return parameters to begin with: none, its kernel is the caller's."""
         return {}
 
@@ -103,10 +103,10 @@ class Conv:
             return "the kernel has one tap along it"
         return None
 
-    def create(self, place: Place, key: jax.Array, dtype: Any) -> Params:
+    def create(self, place: Place, draw: np.random.Generator, dtype: Any) -> Params:
         """Return parameters to begin with: a kernel, drawn as by He et al., arXiv:1502.01852."""
-        draw = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        return {"kernel": draw(key, (*self._taps(place), place.within, place.out), dtype)}
+        shape = (*self._taps(place), place.within, place.out)
+        return {"kernel": jnp.asarray(draw.normal(0, (2 / math.prod(shape[:-1])) ** 0.5, shape), dtype)}
 
     def apply(self, place: Place, params: Params, x: jax.Array) -> jax.Array:
         """Map the source."""
@@ -143,12 +143,12 @@ class Identity:
     def refusal(self, place: Place) -> str | None:
         """Return why the branch does not fit a place, or None."""
         if place.channels != place.out:
-            return f"no identity from {place.channels} to {place.out} channels"
+            return "no identity where the number of channels changes"
         if any(step != 1 for step in (*place.window.strides, *place.window.source_dilation)):
             return "no identity where it strides"
         return None
 
-    def create(self, place: Place, key: jax.Array, dtype: Any) -> Params:
+    def create(self, place: Place, draw: np.random.Generator, dtype: Any) -> Params:
         """Return parameters to begin with. Without a norm the scale of each channel is trained, as in RepOptimizer."""
         return {"scale": jnp.ones(place.out, dtype)}
 
@@ -182,12 +182,12 @@ class Average:
     def refusal(self, place: Place) -> str | None:
         """Return why the branch does not fit a place, or None."""
         if place.channels != place.out:
-            return f"no average from {place.channels} to {place.out} channels: put a 1×1 before it, in a Chain"
+            return "no average where the number of channels changes: put a 1×1 before it, in a Chain"
         if any(width < 0 for widths in place.window.padding for width in widths):
             return "no average where the convolution crops its source"
         return None
 
-    def create(self, place: Place, key: jax.Array, dtype: Any) -> Params:
+    def create(self, place: Place, draw: np.random.Generator, dtype: Any) -> Params:
         """Return parameters to begin with: none."""
         return {}
 

@@ -161,13 +161,15 @@ class Expanded:
         self, variables: Any, inputs: Sequence[Any], init: Init, key: jax.Array
     ) -> tuple[dict[str, Any], dict[str, Named]]:
         leaves = jax.tree.leaves(variables)
+        seed = np.ravel(jax.random.key_data(key)).tolist()
         branches: dict[str, Named] = {}
         state: dict[str, Named] = {}
         for name, each in self._first.convolutions.items():
             leaf = leaves[each.found.leaf] = jnp.asarray(leaves[each.found.leaf])
-            # By its name, so that a convolution begins alike whatever else is expanded.
-            drawn = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            made, state[name] = each.create(drawn, init, jnp.promote_types(leaf.dtype, jnp.float32))
+            # By its name, so that a convolution begins alike whatever else is expanded; on the host, where nothing is
+            # compiled.
+            draw = np.random.default_rng([*seed, zlib.crc32(name.encode())])
+            made, state[name] = each.create(draw, init, jnp.promote_types(leaf.dtype, jnp.float32))
             if made:
                 branches[name] = made
             if self._norms is None and init == "same":

@@ -9,8 +9,8 @@ from tabulate import tabulate
 from repvgg_jax.transform.expanding.branched import Branched
 
 NO_SHIFT = (
-    "behind {names} nothing shifts the channels: in training the sum of branches with full batch norms would differ "
-    "from theirs by a constant of each channel"
+    "directly behind {names} nothing shifts the channels: in training the sum of branches with full batch norms would "
+    "differ from theirs by a constant of each channel"
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
+import numpy as np
 
 from repvgg_jax.transform.expanding.branches import Average, Branch, Chain, Conv, Map, Params
 from repvgg_jax.transform.expanding.places import Place
@@ -26,11 +26,11 @@ class Step(NamedTuple):
     place: Place
     begins_as_identity: bool = False
 
-    def create(self, key: jax.Array, dtype: Any) -> Params:
+    def create(self, draw: np.random.Generator, dtype: Any) -> Params:
         """Return the parameters that the map begins with."""
         if self.begins_as_identity:
             return {"kernel": self.place.identity().astype(dtype)}
-        return self.map.create(self.place, key, dtype)
+        return self.map.create(self.place, draw, dtype)
 
 
 def steps(branch: Branch, place: Place) -> tuple[Step, ...] | str:

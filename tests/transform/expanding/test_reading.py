@@ -168,7 +168,7 @@ def test_it_is_said_what_takes_the_place_of_the_means_and_biases(shift, behind):
     report = expand(shifted(behind), variables, random_images((2, 6, 6, 4))).report()
     (row,) = [line for line in report.splitlines() if line.startswith("kernel ")]
     assert row.endswith(f"  {shift}")
-    assert ("behind kernel nothing shifts the channels" in report) == (shift == "nothing")
+    assert ("directly behind kernel nothing shifts the channels" in report) == (shift == "nothing")
 
 
 def test_the_fast_lowerings_of_this_package_are_read_through():
