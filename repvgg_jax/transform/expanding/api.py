@@ -114,6 +114,11 @@ def _chosen(branches: str | Sequence[Branch]) -> tuple[Branch, ...]:
                 f"branches is {branches!r}: expected one of {', '.join(PUBLISHED)}, or a tuple of branches"
             )
         return PUBLISHED[branches]
+    strange = [branch for branch in branches if not isinstance(branch, Branch)]
+    if strange:
+        raise ValueError(
+            f"branches has {strange[0]!r}: expected Kernel, Conv, Identity and Chain, an Average in a Chain"
+        )
     if sum(isinstance(branch, Kernel) for branch in branches) != 1:
         raise ValueError(
             f"branches is {tuple(branches)}: expected one Kernel() among them, for the caller's own kernel"

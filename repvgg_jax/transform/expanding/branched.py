@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repvgg_jax.transform.expanding.branches import Branch, Kernel, Params, by_channel
+from repvgg_jax.transform.expanding.branches import Average, Branch, Kernel, Params, by_channel
 from repvgg_jax.transform.expanding.places import Place, composed
 from repvgg_jax.transform.expanding.reading import Found
 from repvgg_jax.transform.expanding.steps import Step, steps
@@ -46,14 +46,12 @@ class Branched:
       name: Path of its kernel in the variables.
       found: The convolution.
       branches: The steps of each branch.
-      unfit: Why other branches were left out.
       norms: What the norms share; None where the gains are constant.
     """
 
     name: str
     found: Found
     branches: tuple[tuple[Step, ...], ...]
-    unfit: tuple[str, ...]
     norms: Norms | None
 
     @property
@@ -115,14 +113,9 @@ class Branched:
     def measure(
         self, params: Named, state: Named, source: jax.Array, kernel: jax.Array, *, plain: bool
     ) -> tuple[jax.Array, Named]:
-        """Return the variances of the batch in the place of the running ones, beside the sum of the branches.
+        """Return what `apply` does in training, with the variances of the batch in the place of the running ones.
 
-        Args:
-          params: The parameters.
-          state: The state.
-          source: What is convolved.
-          kernel: The kernel of the convolution, as the function has it.
-          plain: Whether to return what the convolution itself computes, and not the sum.
+        With `plain` the result is what the convolution itself computes, and not the sum.
         """
         assert self.norms is not None
         at_once = dataclasses.replace(self, norms=self.norms._replace(momentum=0.0))
@@ -169,6 +162,7 @@ class Branched:
                     "kernel's: expected no Chain among the branches"
                 )
             (step,) = branch
+            assert not isinstance(step.map, Average), "it ends a chain"
             trained = step.map.trained(step.place)
             total = total + by_channel(trained, state[step.name]["gain"] ** 2, trained.ndim - 1)
         return total
@@ -212,7 +206,7 @@ def branched(
         fitting.append(made)
     if unfit and len(fitting) == 1:
         return f"no branch fits: {'; '.join(dict.fromkeys(unfit))}"
-    return Branched(name, found, tuple(fitting), tuple(dict.fromkeys(unfit)), norms)
+    return Branched(name, found, tuple(fitting), norms)
 
 
 def _variance(y: jax.Array, channel: int) -> jax.Array:

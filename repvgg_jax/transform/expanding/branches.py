@@ -171,7 +171,11 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """The mean over the window of the kernel, zeros around the source included. It ends a `Chain`."""
+    """The mean over the window of the kernel, zeros around the source included. It ends a `Chain`.
+
+    Attributes:
+      gain: Gain of the branch, where it begins as published, or where it is constant.
+    """
 
     gain: float = 1.0
 
@@ -181,8 +185,6 @@ class Average:
 
     def refusal(self, place: Place) -> str | None:
         """Return why the branch does not fit a place, or None."""
-        if place.channels != place.out:
-            return "no average where the number of channels changes: put a 1×1 before it, in a Chain"
         if any(width < 0 for widths in place.window.padding for width in widths):
             return "no average where the convolution crops its source"
         return None
@@ -216,12 +218,9 @@ class Average:
         one = place.identity() / math.prod(place.size)
         return jnp.broadcast_to(one, (*place.size, *one.shape[-2:]))
 
-    def trained(self, place: Place) -> jax.Array:
-        """Return ones where a step of the parameters moves that kernel: nowhere, there are none."""
-        return jnp.zeros((*place.size, place.within, place.out))
 
-
-Map = Kernel | Conv | Identity | Average
+Single = Kernel | Conv | Identity
+Map = Single | Average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +240,7 @@ class Chain:
             raise ValueError(f"last is {self.last!r}: expected a Conv or an Average")
 
 
-Branch = Kernel | Conv | Identity | Average | Chain
+Branch = Single | Chain
 
 PUBLISHED: dict[str, tuple[Branch, ...]] = {
     "repvgg": (Kernel(), Conv(1), Identity()),

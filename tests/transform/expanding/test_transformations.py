@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from repvgg_jax.transform import expand
+from repvgg_jax.transform import Average, Kernel, expand
 from tests.random_variables import random_images
 from tests.transform.expanding.networks import CASES, convolve
 from tests.transform.merging.comparison import primitives
@@ -220,6 +220,8 @@ def test_random_kernels_depend_on_the_key_and_the_name_alone():
             {"branches": "resnet"},
             "branches is 'resnet': expected one of repvgg, acnet, dbb, mobileone, or a tuple of branches",
         ),
+        ({"branches": (Kernel(), Average())}, r"branches has Average\(gain=1.0\): expected .*, an Average in a Chain"),
+        ({"branches": (Kernel(), "1x1")}, "branches has '1x1': expected Kernel, Conv, Identity and Chain"),
         ({"branches": ()}, r"branches is \(\): expected one Kernel\(\) among them"),
         ({"init": "random"}, "init is 'random': expected 'same' or 'published'"),
         ({"ops": "fast"}, "ops is 'fast': expected 'auto' or 'xla'"),
